@@ -1,0 +1,124 @@
+#include "fuse/channel.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fuse/internal.h"
+#include "util/errors.h"
+#include "util/log.h"
+#include "vm/daemon.h"
+
+/* The session: /dev/fuse as one more descriptor of the loop.
+ *
+ * libfuse's own loops put a thread to sleep in each request that waits. Here the descriptor is non-blocking, a request is
+ * taken in, and whatever has to wait is an object (request.c), so any number of them wait at no cost. */
+
+/* So that a flood of requests leaves room for the rest of the loop. */
+#define CHANNEL_BATCH 64
+
+static void fuse_channel_lost(struct fuse_channel *channel) {
+    if (!channel->mounted)
+        return;
+    channel->mounted = false;
+    uv_poll_stop(&channel->poll);
+    if (channel->ended)
+        channel->ended(channel->daemon);
+}
+
+static void fuse_channel_readable(uv_poll_t *poll, int status, int events) {
+    struct fuse_channel *channel = poll->data;
+    (void)status;
+    (void)events;
+    for (int i = 0; i < CHANNEL_BATCH && channel->mounted; i++) {
+        int n = fuse_session_receive_buf(channel->session, &channel->buffer);
+        if (n == -EINTR)
+            continue;
+        if (n == -EAGAIN)
+            return;
+        if (n <= 0) { /* 0: unmounted (ENODEV) */
+            fuse_channel_lost(channel);
+            return;
+        }
+        fuse_session_process_buf(channel->session, &channel->buffer);
+        if (fuse_session_exited(channel->session)) {
+            fuse_channel_lost(channel);
+            return;
+        }
+    }
+}
+
+struct fuse_channel *fuse_channel_new(struct daemon *d, int argc, char **argv, struct node *root) {
+    struct fuse_channel *channel = calloc(1, sizeof *channel);
+    if (!channel)
+        return NULL;
+    struct fuse_args args = FUSE_ARGS_INIT(argc, argv);
+    channel->daemon = d;
+    RB_INIT(&channel->inodes);
+    list_init(&channel->parked);
+    list_init(&channel->handles);
+    list_init(&channel->dirs);
+    channel->last_inode = FUSE_ROOT_ID;
+    channel->session = fuse_session_new(&args, &fuse_channel_ops, sizeof fuse_channel_ops, channel);
+    fuse_opt_free_args(&args);
+    if (!channel->session) {
+        free(channel);
+        return NULL;
+    }
+    inode_lookup(channel, root);
+    return channel;
+}
+
+int fuse_channel_mount(struct fuse_channel *channel, const char *mountpoint,
+                  void (*ended)(struct daemon *d)) {
+    uv_loop_t *loop = channel->daemon->loop;
+    channel->ended = ended;
+    if (fuse_session_mount(channel->session, mountpoint) != 0)
+        return -ERR_IO;
+    int fd = fuse_session_fd(channel->session);
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+        return -errno;
+    int r = uv_poll_init(loop, &channel->poll, fd);
+    if (r < 0)
+        return r;
+    channel->poll.data = channel;
+    uv_async_init(loop, &channel->interrupted, fuse_requests_on_interrupt);
+    channel->interrupted.data = channel;
+    uv_timer_init(loop, &channel->doubts);
+    channel->doubts.data = channel;
+    channel->mounted = channel->fd_open = true;
+    return uv_poll_start(&channel->poll, UV_READABLE, fuse_channel_readable);
+}
+
+void fuse_channel_on_ready(struct fuse_channel *channel, void (*ready)(struct daemon *d)) {
+    channel->ready = ready;
+}
+
+void fuse_channel_unmount(struct fuse_channel *channel) {
+    if (!channel->fd_open)
+        return;
+    channel->mounted = channel->fd_open = false;
+    fuse_requests_cancel_all(channel, -ERR_GONE);
+    handles_release_all(channel);
+    uv_poll_stop(&channel->poll);
+    uv_close((uv_handle_t *)&channel->poll, NULL);
+    uv_close((uv_handle_t *)&channel->interrupted, NULL);
+    uv_close((uv_handle_t *)&channel->doubts, NULL);
+    fuse_session_unmount(channel->session);
+}
+
+void fuse_channel_free(struct fuse_channel *channel) {
+    if (!channel)
+        return;
+    inode_forget_all(channel);
+    fuse_session_destroy(channel->session);
+    free(channel->buffer.mem);
+    free(channel);
+}
+
+void fuse_channel_print_options(void) {
+    fuse_lowlevel_help();
+}

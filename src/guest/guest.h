@@ -1,0 +1,42 @@
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "util/buf.h"
+
+/* What is particular to a guest's operating system: the texts that are sent to its shells and the meaning
+ * of what they answer. Pure functions: no I/O, no state. A nonce is 32 hex digits, new for each
+ * request or command, so that nothing that is printed by chance can be taken for an end. */
+
+#define GUEST_ENV_FILE "/etc/profile.d/vmsfs_env.sh"
+
+struct guest_ops {
+    const char *name;
+
+    /* The resident shell: the command that starts it, and one request to it. */
+    void (*control_shell)(struct buf *out);
+    void (*control_request)(struct buf *out, const char *nonce, const char *script, size_t length);
+
+    /* Scripts for requests. Replaces the file at `path` by these bytes, atomically; prints why not. */
+    void (*file_replace)(struct buf *out, const char *path, const char *bytes, size_t length);
+    /* Prints the file at `path`; nothing when there is none. */
+    void (*file_read)(struct buf *out, const char *path);
+    /* Sends TERM, or with `hard` KILL, to the command whose first process is `pid`, and to all that came of it. */
+    void (*command_signal)(struct buf *out, long pid, bool hard);
+
+    /* The shell that is started in advance for one command: it prints its process id and a newline on
+     * stderr, in a process group of its own, and waits for command_start() on its input. When the command ends it prints the marker
+     * (guest_marker_find) on stdout and on stderr. Variables are those of the moment of command_start(). */
+    void (*command_shell)(struct buf *out, const char *env_path);
+    void (*command_start)(struct buf *out, const char *nonce, bool login, const char *command,
+                          size_t length);
+};
+
+extern const struct guest_ops guest_linux;
+
+/* Looks for the end marker of `nonce`: RS nonce SP status LF. Returns 1 when found: *ret_before is the number of
+ * bytes in front of it, *ret_after that of the bytes up to its end, *ret_status what it says. Returns 0 when it is not there:
+ * then the first *ret_before bytes are certainly not part of it. */
+int guest_marker_find(const char *data, size_t length, const char *nonce, size_t *ret_before,
+                      size_t *ret_after, int *ret_status);

@@ -1,0 +1,129 @@
+#include "guest/guest.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "guest/env_file.h"
+#include "util/cleanup.h"
+
+/* Every script here is POSIX sh and is run by dash, bash, busybox ash, ksh and zsh alike. It uses
+ * built-ins where it can: in an emulated guest a fork and exec cost more than all the rest. */
+
+#define RS "\036"
+
+static void linux_quoted(struct buf *out, const char *s) {
+    env_quote(out, s, strlen(s));
+}
+
+static void linux_control_shell(struct buf *out) {
+    /* LC_ALL=C: bytes are bytes. What fails must not end the shell; a closed input does. */
+    buf_append_str(out, "umask 022; exec env LC_ALL=C /bin/sh");
+}
+
+static void linux_control_request(struct buf *out, const char *nonce, const char *script,
+                                  size_t length) {
+    buf_append_str(out, "{ ");
+    buf_append(out, script, length);
+    buf_printf(out, "\n} 2>&1 </dev/null; printf '\\036%s %%d\\n' \"$?\"\n", nonce);
+}
+
+static void linux_file_replace(struct buf *out, const char *path, const char *bytes,
+                               size_t length) {
+    cleanup_buf struct buf temporary = {0};
+    buf_printf(&temporary, "%s.tmp", path);
+    buf_append_str(out, "printf %s ");
+    env_quote(out, bytes, length);
+    buf_append_str(out, " >");
+    linux_quoted(out, temporary.data);
+    buf_append_str(out, " && mv -f ");
+    linux_quoted(out, temporary.data);
+    buf_append_char(out, ' ');
+    linux_quoted(out, path);
+    buf_append_str(out, " || { rm -f ");
+    linux_quoted(out, temporary.data);
+    buf_append_str(out, "; false; }");
+    out->failed |= temporary.failed;
+}
+
+static void linux_file_read(struct buf *out, const char *path) {
+    buf_append_str(out, "if [ -e ");
+    linux_quoted(out, path);
+    buf_append_str(out, " ]; then cat ");
+    linux_quoted(out, path);
+    buf_append_str(out, "; fi");
+}
+
+static void linux_command_signal(struct buf *out, long pid, bool hard) {
+    /* The group is gone when the command has ended meanwhile: no error. */
+    buf_printf(out, "kill -%s -%ld 2>/dev/null || :", hard ? "KILL" : "TERM", pid);
+}
+
+/* The shell that was started in advance. `eval` runs the command in this very shell, so that starting it costs no
+ * exec. The marker is printed by a trap, so that it comes after `exit` too; a command that
+ * replaces the shell (`exec`) has none, and its end is that of the channel. */
+static const char linux_shell_script[] =
+    "_vmsfs_nl='\n'\n"
+    "_vmsfs_env() { [ ! -r \"$_vmsfs_file\" ] || . \"$_vmsfs_file\"; }\n"
+    "_vmsfs_login() { [ ! -r /etc/profile ] || . /etc/profile\n"
+    "if [ -n \"${BASH_VERSION-}\" ] && [ -r ~/.bash_profile ]; then . ~/.bash_profile\n"
+    "elif [ -r ~/.profile ]; then . ~/.profile; fi; }\n"
+    "echo $$ >&2\n"
+    "IFS= read -r _vmsfs_line && eval \"$_vmsfs_line\"\n";
+
+static void linux_command_shell(struct buf *out, const char *env_path) {
+    cleanup_buf struct buf script = {0};
+    buf_append_str(&script, "_vmsfs_file=");
+    linux_quoted(&script, env_path);
+    buf_append_char(&script, '\n');
+    buf_append_str(&script, linux_shell_script);
+
+    /* The command is to be the leader of a process group, to which signals are sent. OpenSSH makes a
+     * session for each command; dropbear does not, and there `kill 0` would hit the server. Field 5
+     * of /proc/PID/stat is the group (proc(5)). csh, fish and the like do not take sh's words. */
+    buf_append_str(out, "exec /bin/sh -c '"
+                        "case ${SHELL##*/} in bash|dash|ash|ksh|zsh) s=$SHELL;; *) s=/bin/sh;; esac; "
+                        "read -r a b c d g e </proc/$$/stat; "
+                        "[ \"$g\" = $$ ] && exec \"$s\" -c \"$0\"; "
+                        "exec setsid \"$s\" -c \"$0\"' ");
+    env_quote(out, script.data, script.len);
+    out->failed |= script.failed;
+}
+
+/* `read` takes one line, a byte a system call: a command is put into one line, and a long one follows the line and is
+ * taken in by one `head`. */
+#define LINUX_COMMAND_INLINE 2048
+
+static void linux_command_start(struct buf *out, const char *nonce, bool login, const char *command,
+                                size_t length) {
+    buf_printf(out,
+               "trap '_vmsfs_s=$?; echo \"" RS "%s $_vmsfs_s\"; echo \"" RS
+               "%s $_vmsfs_s\" >&2; exit $_vmsfs_s' EXIT; ",
+               nonce, nonce);
+    buf_append_str(out, login ? "_vmsfs_login; _vmsfs_env; " : "_vmsfs_env; ");
+    if (length > LINUX_COMMAND_INLINE) {
+        buf_printf(out, "_vmsfs_line=$(head -c %zu); eval \"$_vmsfs_line\" </dev/null\n", length);
+        buf_append(out, command, length);
+        return;
+    }
+    buf_append_str(out, "eval '");
+    for (size_t i = 0; i < length; i++) {
+        if (command[i] == '\'')
+            buf_append_str(out, "'\\''");
+        else if (command[i] == '\n')
+            buf_append_str(out, "'\"$_vmsfs_nl\"'");
+        else
+            buf_append_char(out, command[i]);
+    }
+    buf_append_str(out, "' </dev/null\n");
+}
+
+const struct guest_ops guest_linux = {
+    .name = "linux",
+    .control_shell = linux_control_shell,
+    .control_request = linux_control_request,
+    .file_replace = linux_file_replace,
+    .file_read = linux_file_read,
+    .command_signal = linux_command_signal,
+    .command_shell = linux_command_shell,
+    .command_start = linux_command_start,
+};

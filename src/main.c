@@ -1,0 +1,265 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <linux/magic.h>
+#include <unistd.h>
+#include <uv.h>
+
+#include "fuse/channel.h"
+#include "options.h"
+#include "tree/node.h"
+#include "util/cleanup.h"
+#include "util/log.h"
+#include "vm/daemon.h"
+#include "vmm/vmm.h"
+
+/* Start and end of the daemon.
+ *
+ * Whatever can be known to be wrong is looked for before the fork and before anything is mounted. The starting
+ * process ends when the mount answers, or with the reason why there is none. */
+
+/* How long VMs of an earlier daemon are waited for before the mount, so that they are not seen as unreachable for
+ * nothing. */
+#define SETTLE_MS 3000
+#define SETTLE_STEP_MS 10
+
+struct process {
+    struct daemon daemon;
+    struct fuse_channel *channel;
+    uv_loop_t loop;
+    uv_signal_t signals[3];
+    int report; /* pipe to the starting process; -1: foreground */
+    bool settled, ending;
+};
+
+static struct process process_self = {.report = -1};
+
+static struct process *process_of(struct daemon *d) {
+    return LIST_OWNER(d, struct process, daemon);
+}
+
+/* From here on stderr is the log file. */
+static void process_detach(struct process *p) {
+    cleanup_buf struct buf path = {0};
+    buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
+    int log = path.failed ? -1 : open(path.data, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (null >= 0) {
+        dup2(null, STDIN_FILENO);
+        dup2(null, STDOUT_FILENO);
+    }
+    if (log >= 0 || null >= 0)
+        dup2(log >= 0 ? log : null, STDERR_FILENO);
+    if (log >= 0)
+        close(log);
+    if (null >= 0)
+        close(null);
+}
+
+static void process_ready(struct daemon *d) {
+    struct process *p = process_of(d);
+    log_info("mounted on %s, with %s", d->settings.mountpoint,
+             d->backend_note ? d->backend_note : d->backend->name);
+    if (p->report < 0)
+        return;
+    process_detach(p);
+    (void)!write(p->report, "", 1);
+    close(p->report);
+    p->report = -1;
+}
+
+static void process_end(struct process *p) {
+    if (p->ending)
+        return;
+    p->ending = true;
+    log_info("unmounting");
+    fuse_channel_unmount(p->channel);
+    if (p->daemon.settings.ephemeral)
+        daemon_destroy_all(&p->daemon);
+    daemon_close(&p->daemon);
+    for (size_t i = 0; i < sizeof p->signals / sizeof *p->signals; i++)
+        uv_close((uv_handle_t *)&p->signals[i], NULL);
+}
+
+static void process_unmounted(struct daemon *d) {
+    process_end(process_of(d));
+}
+
+static void process_signal(uv_signal_t *signal, int number) {
+    log_info("signal %d", number);
+    process_end(signal->data);
+}
+
+static void process_watch_signals(struct process *p) {
+    static const int numbers[] = {SIGTERM, SIGINT, SIGHUP};
+    signal(SIGPIPE, SIG_IGN);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        uv_signal_init(&p->loop, &p->signals[i]);
+        p->signals[i].data = p;
+        uv_signal_start(&p->signals[i], process_signal, numbers[i]);
+    }
+}
+
+static void process_settle_step(uv_timer_t *timer) {
+    struct process *p = timer->data;
+    uint64_t *left = uv_handle_get_data((uv_handle_t *)timer) ? &p->daemon.requests : NULL;
+    (void)left;
+    p->settled = true;
+}
+
+/* Runs the loop until the VMs that were taken over are heard from. */
+static void process_settle(struct process *p) {
+    uv_timer_t timer;
+    uint64_t start = uv_hrtime();
+    uv_timer_init(&p->loop, &timer);
+    timer.data = p;
+    while (!p->ending && !daemon_is_settled(&p->daemon) &&
+           uv_hrtime() - start < (uint64_t)SETTLE_MS * 1000000) {
+        p->settled = false;
+        uv_timer_start(&timer, process_settle_step, SETTLE_STEP_MS, 0);
+        while (!p->settled)
+            uv_run(&p->loop, UV_RUN_ONCE);
+    }
+    uv_close((uv_handle_t *)&timer, NULL);
+    uv_run(&p->loop, UV_RUN_NOWAIT);
+}
+
+static void process_raise_limits(void) {
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+}
+
+static int process_run(struct process *p) {
+    cleanup_free char *why = NULL;
+    int status = EXIT_FAILURE;
+
+    process_raise_limits();
+    if (uv_loop_init(&p->loop) < 0) {
+        fprintf(stderr, "vmsfs: out of memory\n");
+        return EXIT_FAILURE;
+    }
+    p->daemon.loop = &p->loop;
+    process_watch_signals(p);
+    if (daemon_open(&p->daemon, &why) < 0) {
+        fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
+    } else {
+        process_settle(p);
+        fuse_channel_on_ready(p->channel, process_ready);
+        if (p->ending || fuse_channel_mount(p->channel, p->daemon.settings.mountpoint, process_unmounted) < 0)
+            fprintf(stderr, "vmsfs: nothing is mounted on %s\n", p->daemon.settings.mountpoint);
+        else
+            status = EXIT_SUCCESS;
+    }
+    if (status != EXIT_SUCCESS)
+        process_end(p);
+    uv_run(&p->loop, UV_RUN_DEFAULT);
+    log_info("ended");
+    return status;
+}
+
+static void process_free(struct process *p) {
+    fuse_channel_free(p->channel);
+    daemon_free(&p->daemon);
+    if (p->daemon.loop && uv_loop_close(&p->loop) < 0)
+        log_error("handles of the loop are left open");
+    uv_library_shutdown();
+}
+
+/* In the starting process: waits for what the daemon reports. */
+static int wait_for_mount(int report, pid_t pid, const char *mountpoint) {
+    char byte;
+    ssize_t n;
+    struct statfs fs;
+    do
+        n = read(report, &byte, 1);
+    while (n < 0 && errno == EINTR);
+    if (n != 1) /* the daemon has said why on stderr */
+        return EXIT_FAILURE;
+    if (strncmp(mountpoint, "/dev/fd/", 8) == 0)
+        return EXIT_SUCCESS;
+    if (statfs(mountpoint, &fs) < 0 || fs.f_type != FUSE_SUPER_MAGIC) {
+        fprintf(stderr, "vmsfs: the mount on %s does not answer (process %d): %s\n", mountpoint, pid,
+                strerror(errno));
+        return EXIT_FAILURE;
+    }
+    return EXIT_SUCCESS;
+}
+
+/* Forks. In the daemon it returns -1, in the starting process the exit status. */
+static int process_fork(struct process *p) {
+    int report[2];
+    if (pipe2(report, O_CLOEXEC) < 0) {
+        perror("vmsfs: pipe");
+        return EXIT_FAILURE;
+    }
+    pid_t pid = fork();
+    if (pid < 0) {
+        perror("vmsfs: fork");
+        return EXIT_FAILURE;
+    }
+    if (pid > 0) {
+        close(report[1]);
+        int status = wait_for_mount(report[0], pid, p->daemon.settings.mountpoint);
+        close(report[0]);
+        return status;
+    }
+    close(report[0]);
+    p->report = report[1];
+    setsid();
+    return -1;
+}
+
+static bool process_prepare(struct process *p, struct options *options) {
+    cleanup_free char *why = NULL;
+    p->daemon.settings = options->settings;
+    p->daemon.lock_fd = -1;
+    if (!options_check(options))
+        return false;
+    if (vmm_find(options->settings.backend, &p->daemon.backend, &why) < 0) {
+        fprintf(stderr, "vmsfs: %s\n", why ? why : "no such backend");
+        return false;
+    }
+    p->daemon.backend_note = why;
+    why = NULL;
+    struct node *root = node_root_new(&p->daemon);
+    p->channel = root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
+    if (!p->channel && root)
+        node_unref(root);
+    return p->channel != NULL;
+}
+
+int main(int argc, char **argv) {
+    struct process *p = &process_self;
+    struct options options;
+    int status = EXIT_FAILURE;
+
+    bool ok = options_parse(argc, argv, &options);
+    if (ok && options.help) {
+        options_print_help();
+        fuse_channel_print_options();
+        status = EXIT_SUCCESS;
+    } else if (ok && options.version) {
+        printf("vmsfs %s\n", VMSFS_VERSION);
+        status = EXIT_SUCCESS;
+    } else if (ok) {
+        log_set_level(options.debug ? LOG_DEBUG : LOG_INFO);
+        umask(077);
+        if (process_prepare(p, &options)) {
+            status = options.foreground ? -1 : process_fork(p);
+            if (status < 0)
+                status = chdir("/") < 0 ? EXIT_FAILURE : process_run(p);
+        }
+        process_free(p);
+    }
+    options_free_arguments(&options);
+    return status;
+}

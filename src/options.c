@@ -1,0 +1,283 @@
+#include "options.h"
+
+#include <errno.h>
+#include <fuse_opt.h>
+#include <limits.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "util/cleanup.h"
+#include "vm/image.h"
+
+#define DEFAULT_IMAGE "tiny"
+#define DEFAULT_BACKEND "auto"
+#define DEFAULT_BOOT_TIMEOUT 60
+#define DEFAULT_TIMEOUT 10
+
+/* As they were given; numbers are checked afterwards, as a whole. */
+struct raw_options {
+    char *state, *images, *backend, *image, *vcpus, *memory, *boot_timeout, *timeout;
+    int ephemeral, foreground, debug, help, version;
+    char *arguments[2];
+    int count;
+    bool failed;
+};
+
+#define TEXT(name) {#name "=%s", offsetof(struct raw_options, name), 0}
+#define FLAG(option, name) {option, offsetof(struct raw_options, name), 1}
+static const struct fuse_opt option_table[] = {
+    TEXT(state),
+    TEXT(images),
+    TEXT(backend),
+    TEXT(image),
+    TEXT(vcpus),
+    TEXT(memory),
+    TEXT(boot_timeout),
+    TEXT(timeout),
+    FLAG("ephemeral", ephemeral),
+    FLAG("-f", foreground),
+    FLAG("-d", debug),
+    FLAG("debug", debug),
+    FLAG("-h", help),
+    FLAG("--help", help),
+    FLAG("-V", version),
+    FLAG("--version", version),
+    FUSE_OPT_END,
+};
+
+void options_print_help(void) {
+    printf("usage: vmsfs [SOURCE] MOUNTPOINT [-o OPTION,…]\n"
+           "\n"
+           "Shows virtual machines as directories: mkdir boots one, files in it set its\n"
+           "environment variables, run commands and tell how it is.\n"
+           "\n"
+           "    -f                   stay in the foreground, log to stderr\n"
+           "    -d, -o debug         the same, with every request\n"
+           "    -h, --help           this text\n"
+           "    -V, --version        the version\n"
+           "    -o state=DIR         where VMs are recorded (/var/lib/vmsfs for root, else\n"
+           "                         $XDG_STATE_HOME/vmsfs)\n"
+           "    -o images=DIR        look for images here first\n"
+           "    -o image=NAME        image of new VMs: a folder's name, or its path (" DEFAULT_IMAGE
+           ")\n"
+           "    -o backend=NAME      qemu or auto (" DEFAULT_BACKEND ", or $VMSFS_BACKEND)\n"
+           "    -o vcpus=N           CPUs of new VMs (what the image says)\n"
+           "    -o memory=MIB        memory of new VMs (what the image says)\n"
+           "    -o boot_timeout=S    longest time from mkdir to running (%d)\n"
+           "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
+           "    -o ephemeral         destroy all VMs at unmount\n"
+           "\n"
+           "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console.\n"
+           "\n"
+           "Options of FUSE (allow_other always comes with default_permissions):\n",
+           DEFAULT_BOOT_TIMEOUT, DEFAULT_TIMEOUT);
+}
+
+static int option_other(void *data, const char *arg, int key, struct fuse_args *args) {
+    struct raw_options *raw = data;
+    (void)args;
+    if (key == FUSE_OPT_KEY_OPT) {
+        /* What is left is libfuse's, which takes options with `-o` only. */
+        if (arg[0] == '-') {
+            fprintf(stderr, "vmsfs: unknown option %s; vmsfs -h lists them\n", arg);
+            raw->failed = true;
+            return -1;
+        }
+        return 1;
+    }
+    if (raw->count == 2) {
+        fprintf(stderr, "vmsfs: one argument too many: %s\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n",
+                arg);
+        raw->failed = true;
+        return -1;
+    }
+    raw->arguments[raw->count++] = strdup(arg);
+    return 0;
+}
+
+static bool option_number(const char *name, const char *text, unsigned least, unsigned most,
+                          unsigned fallback, unsigned *ret_number) {
+    *ret_number = fallback;
+    if (!text)
+        return true;
+    char *end;
+    errno = 0;
+    unsigned long n = strtoul(text, &end, 10);
+    if (errno || end == text || *end || text[0] < '0' || text[0] > '9' || n < least || n > most) {
+        fprintf(stderr, "vmsfs: -o %s=%s: takes a number from %u to %u\n", name, text, least, most);
+        return false;
+    }
+    *ret_number = (unsigned)n;
+    return true;
+}
+
+/* An absolute path, also of what is not there yet. The daemon runs in /. */
+static char *absolute_path(const char *path) {
+    char *absolute = NULL;
+    cleanup_free char *cwd = NULL;
+    if (path[0] == '/')
+        return strdup(path);
+    cwd = getcwd(NULL, 0);
+    if (!cwd || asprintf(&absolute, "%s/%s", cwd, path) < 0)
+        return NULL;
+    return absolute;
+}
+
+static char *default_state_dir(void) {
+    const char *state = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
+    char *path = NULL;
+    int n = getuid() == 0               ? asprintf(&path, "/var/lib/vmsfs")
+            : state && state[0] == '/' ? asprintf(&path, "%s/vmsfs", state)
+            : home && home[0] == '/'   ? asprintf(&path, "%s/.local/state/vmsfs", home)
+                                       : -1;
+    return n < 0 ? NULL : path;
+}
+
+/* Sockets have short paths (sun_path has 108 bytes) and go with a reboot. Each state directory has a folder of its own: FNV-1a
+ * of its path. */
+static char *runtime_dir(const char *state_dir) {
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const char *c = state_dir; *c; c++)
+        hash = (hash ^ (unsigned char)*c) * 0x100000001b3;
+    const char *runtime = getenv("XDG_RUNTIME_DIR");
+    char *path = NULL;
+    int n = getuid() == 0 ? asprintf(&path, "/run/vmsfs/%016llx", (unsigned long long)hash)
+            : runtime && runtime[0] == '/'
+                ? asprintf(&path, "%s/vmsfs/%016llx", runtime, (unsigned long long)hash)
+                : asprintf(&path, "%s/run", state_dir);
+    return n < 0 ? NULL : path;
+}
+
+static bool is_yes(const char *text) {
+    static const char *const words[] = {"1", "true", "yes", "on"};
+    for (size_t i = 0; text && i < sizeof words / sizeof *words; i++)
+        if (strcasecmp(text, words[i]) == 0)
+            return true;
+    return false;
+}
+
+static char *text_or(const char *text, const char *variable, const char *fallback) {
+    const char *set = variable ? getenv(variable) : NULL;
+    return strdup(text ? text : set && set[0] ? set : fallback);
+}
+
+static bool options_take(const struct raw_options *raw, struct settings *s) {
+    s->state_dir = raw->state ? absolute_path(raw->state) : default_state_dir();
+    s->images_dir = raw->images ? absolute_path(raw->images) : NULL;
+    s->image = text_or(raw->image, NULL, DEFAULT_IMAGE);
+    s->backend = text_or(raw->backend, "VMSFS_BACKEND", DEFAULT_BACKEND);
+    s->verbose_boot = is_yes(getenv("VMSFS_VERBOSE_BOOT"));
+    s->ephemeral = raw->ephemeral;
+    if (!s->state_dir) {
+        fprintf(stderr, "vmsfs: no state directory: set HOME, or name one with -o state=DIR\n");
+        return false;
+    }
+    s->runtime_dir = runtime_dir(s->state_dir);
+    s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
+    if (!s->image || !s->backend || !s->runtime_dir || !s->mountpoint) {
+        fprintf(stderr, "vmsfs: out of memory\n");
+        return false;
+    }
+    if (!option_number("vcpus", raw->vcpus, 1, 64, 0, &s->vcpus) ||
+        !option_number("memory", raw->memory, 16, 1 << 20, 0, &s->memory) ||
+        !option_number("boot_timeout", raw->boot_timeout, 1, 86400, DEFAULT_BOOT_TIMEOUT,
+                       &s->boot_timeout) ||
+        !option_number("timeout", raw->timeout, 1, 86400, DEFAULT_TIMEOUT, &s->timeout))
+        return false;
+    s->boot_timeout *= 1000;
+    s->timeout *= 1000;
+    return true;
+}
+
+static void raw_free(struct raw_options *raw) {
+    char *all[] = {raw->state,  raw->images,       raw->backend, raw->image,        raw->vcpus,
+                   raw->memory, raw->boot_timeout, raw->timeout, raw->arguments[0], raw->arguments[1]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        free(all[i]);
+}
+
+/* What `mount` and df show as the device. A comma would end the option. */
+static void add_fuse_options(struct fuse_args *args, const char *source, bool debug) {
+    cleanup_free char *name = NULL;
+    if (asprintf(&name, "-ofsname=%s", source && !strpbrk(source, ",\\") ? source : "vmsfs") >= 0)
+        fuse_opt_add_arg(args, name);
+    fuse_opt_add_arg(args, "-osubtype=vmsfs");
+    fuse_opt_add_arg(args, "-odefault_permissions");
+    if (debug)
+        fuse_opt_add_arg(args, "-odebug");
+}
+
+bool options_parse(int argc, char **argv, struct options *ret_options) {
+    struct raw_options raw = {0};
+    struct options options = {0};
+    struct fuse_args args = FUSE_ARGS_INIT(argc, argv);
+    bool ok = fuse_opt_parse(&args, &raw, option_table, option_other) == 0 && !raw.failed;
+    options.help = raw.help;
+    options.version = raw.version;
+    options.debug = raw.debug;
+    options.foreground = raw.foreground || raw.debug;
+    if (ok && !raw.help && !raw.version) {
+        if (raw.count == 0) {
+            fprintf(stderr, "vmsfs: no mount point\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n");
+            ok = false;
+        } else {
+            ok = options_take(&raw, &options.settings);
+        }
+    }
+    add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL, raw.debug);
+    options.fuse_argc = args.argc;
+    options.fuse_argv = args.argv;
+    raw_free(&raw);
+    *ret_options = options;
+    return ok;
+}
+
+void options_free_arguments(struct options *options) {
+    struct fuse_args args = {.argc = options->fuse_argc, .argv = options->fuse_argv, .allocated = 1};
+    fuse_opt_free_args(&args);
+}
+
+static bool check_mountpoint(const char *path) {
+    struct stat st;
+    if (strncmp(path, "/dev/fd/", 8) == 0)
+        return true;
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        return true;
+    if (errno == ENOTCONN)
+        fprintf(stderr,
+                "vmsfs: %s is the mount of a daemon that has died: clear it away with "
+                "fusermount3 -uz %s\n",
+                path, path);
+    else if (errno == ENOENT)
+        fprintf(stderr, "vmsfs: there is no %s: make it with mkdir\n", path);
+    else
+        fprintf(stderr, "vmsfs: %s is not a directory that can be used: %s\n", path, strerror(errno));
+    return false;
+}
+
+bool options_check(const struct options *options) {
+    struct image image;
+    cleanup_free char *why = NULL;
+    if (!check_mountpoint(options->settings.mountpoint))
+        return false;
+    if (access("/dev/fuse", F_OK) < 0) {
+        fprintf(stderr, "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
+        return false;
+    }
+    if (image_open(&options->settings, options->settings.image, &image, &why) < 0) {
+        fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
+        return false;
+    }
+    bool ok = true;
+    if (options->settings.memory && options->settings.memory < image.memory_min) {
+        fprintf(stderr, "vmsfs: -o memory=%u: the image %s needs %u MiB at least\n",
+                options->settings.memory, options->settings.image, image.memory_min);
+        ok = false;
+    }
+    image_close(&image);
+    return ok;
+}

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <stdbool.h>
+
+#include "vm/daemon.h"
+
+/* The command line. */
+
+struct options {
+    struct settings settings;
+    bool foreground, debug, help, version;
+    int fuse_argc; /* for libfuse: its own mount options */
+    char **fuse_argv;
+};
+
+/* Reads the command line and the environment. False: it is wrong, and stderr says what and why. */
+bool options_parse(int argc, char **argv, struct options *ret_options);
+
+/* Looks whether what the options name is there: image, mount point, /dev/fuse. False: stderr says what is missing and the
+ * remedy. */
+bool options_check(const struct options *options);
+
+void options_print_help(void);
+void options_free_arguments(struct options *options);

@@ -1,0 +1,106 @@
+#include "tree/env.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "guest/env_file.h"
+#include "tree/tree.h"
+#include "util/errors.h"
+
+/* ID/env/: one file for each variable. */
+
+static void env_stat(const struct node *node, struct node_stat *ret_stat) {
+    node_stat_init(node, ret_stat);
+    ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
+    ret_stat->st.st_mode = node->row->mode;
+    ret_stat->st.st_nlink = 2;
+    ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_changed(node->vm->vars);
+    ret_stat->attr_seconds = 0;
+}
+
+static int env_lookup(struct node *dir, const char *name, struct node **ret_node) {
+    if (dir->vm->gone || !vars_find(dir->vm->vars, name))
+        return -ERR_NOT_FOUND;
+    struct node *node = node_child(dir, name, &env_key_ops, NULL, dir->vm);
+    if (!node)
+        return -ERR_NO_MEMORY;
+    *ret_node = node;
+    return 0;
+}
+
+static int env_list(struct node *dir, struct node_list *list) {
+    struct var *var;
+    RB_FOREACH(var, var_index, vars_index(dir->vm->vars)) {
+        int r = node_list_add(list, var->name, S_IFREG, node_inode(dir->vm, var->number));
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int env_refuse_name(struct vm *vm, const char *name) {
+    return vm_fail(vm, -ERR_INVALID,
+                   "env/%s: no name for a variable: it takes letters, digits and _, and starts with "
+                   "no digit",
+                   name);
+}
+
+static void env_create(struct node *dir, const char *name, int flags, mode_t mode,
+                       struct request *rq) {
+    struct vm *vm = dir->vm;
+    if (vm->gone) {
+        request_answer(rq, -ERR_GONE);
+        return;
+    }
+    if (!env_name_is_valid(name, strlen(name))) {
+        request_answer(rq, env_refuse_name(vm, name));
+        return;
+    }
+    struct var *var = vars_find(vm->vars, name);
+    if (var && (flags & O_EXCL)) {
+        request_answer(rq, -ERR_EXISTS);
+        return;
+    }
+    bool is_new = !var;
+    var = vars_create(vm->vars, name);
+    if (!var) {
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    if (is_new)
+        var->mode = mode & 0600; /* secrets: never more than the owner's */
+    struct node *node = node_child(dir, name, &env_key_ops, NULL, vm);
+    struct env_handle *h = node ? env_handle_create(node, flags) : NULL;
+    if (!h) {
+        if (node)
+            node_unref(node);
+        vars_uncreate(vm->vars, name);
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    request_answer_created(rq, node, &h->handle);
+}
+
+static void env_unlink(struct node *dir, const char *name, struct request *rq) {
+    if (dir->vm->gone || !vars_find(dir->vm->vars, name)) {
+        request_answer(rq, -ERR_NOT_FOUND);
+        return;
+    }
+    struct var_change unset = {.name = name};
+    env_commit(dir, NULL, &unset, 1, -1, rq);
+}
+
+static void env_rmdir(struct node *dir, const char *name, struct request *rq) {
+    request_answer(rq, vars_find(dir->vm->vars, name) ? -ERR_NOT_A_DIRECTORY : -ERR_NOT_FOUND);
+}
+
+const struct node_ops env_ops = {
+    .stat = env_stat,
+    .lookup = env_lookup,
+    .list = env_list,
+    .create = env_create,
+    .unlink = env_unlink,
+    .rmdir = env_rmdir,
+    .setattr = node_setattr_ignore,
+};

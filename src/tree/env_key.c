@@ -1,0 +1,371 @@
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tree/env.h"
+#include "tree/text.h"
+#include "tree/tree.h"
+#include "util/errors.h"
+
+/* ID/env/KEY. Errors have to come out of write(), because shells drop those of close(); tools that write in
+ * pieces have to be atomic all the same. So the first WRITE commits at once, later ones gather until FLUSH, and
+ * a truncation by itself waits for what follows it. */
+
+/* A request may queue behind an update that is itself waiting for its deadline; it ends a little later, so that the
+ * better of the two explanations is given. */
+#define ENV_GRACE_MS 250
+
+static struct var *env_key_var(const struct node *node) {
+    return vars_find(node->vm->vars, node->name);
+}
+
+static void env_key_stat(const struct node *node, struct node_stat *ret_stat) {
+    const struct var *var = env_key_var(node);
+    node_stat_init(node, ret_stat);
+    ret_stat->entry_seconds = 0; /* a name may come and go in the guest, or get another node */
+    ret_stat->attr_seconds = 0;
+    ret_stat->st.st_mode = S_IFREG | 0600;
+    if (!var) { /* removed, and still open */
+        ret_stat->st.st_nlink = 0;
+        return;
+    }
+    ret_stat->st.st_ino = node_inode(node->vm, var->number);
+    ret_stat->st.st_mode = S_IFREG | var->mode;
+    ret_stat->st.st_uid = var->uid;
+    ret_stat->st.st_gid = var->gid;
+    ret_stat->st.st_size = var->truncated ? 0 : (off_t)var->length;
+    ret_stat->st.st_mtim = ret_stat->st.st_ctim = var->changed;
+    ret_stat->st.st_atim = var->read;
+}
+
+static void env_handle_load(struct env_handle *h) {
+    const struct var *var = env_key_var(h->handle.node);
+    buf_clear(&h->content);
+    if (var && !var->truncated)
+        buf_append(&h->content, var->bytes, var->length);
+}
+
+static void env_handle_truncate(struct env_handle *h) {
+    struct var *var = env_key_var(h->handle.node);
+    buf_clear(&h->content);
+    if (!h->truncating && var) {
+        h->truncating = true;
+        var->truncated++;
+    }
+}
+
+static void env_handle_untruncate(struct env_handle *h) {
+    struct var *var = env_key_var(h->handle.node);
+    if (h->truncating && var && var->truncated > 0)
+        var->truncated--;
+    h->truncating = false;
+}
+
+static struct env_handle *env_handle_new(struct node *node, int flags) {
+    struct env_handle *h = calloc(1, sizeof *h);
+    if (h)
+        handle_init(&h->handle, node, flags);
+    return h;
+}
+
+struct env_handle *env_handle_create(struct node *node, int flags) {
+    struct env_handle *h = env_handle_new(node, flags);
+    if (!h)
+        return NULL;
+    h->creating = true;
+    if (flags & O_TRUNC)
+        env_handle_truncate(h);
+    else
+        env_handle_load(h);
+    return h;
+}
+
+/* A commit that somebody waits for. */
+struct env_wait {
+    struct vm_wait wait;
+    struct request *rq;
+    struct node *node; /* a reference; held */
+    struct env_handle *h;
+    ssize_t written;
+};
+
+static void env_wait_end(struct env_wait *w, int status) {
+    struct request *rq = w->rq;
+    ssize_t written = w->written;
+    if (w->h && status < 0) {
+        env_handle_load(w->h);
+        w->h->dirty = false;
+    }
+    w->node->held--;
+    node_unref(w->node);
+    free(w);
+    if (status == 0 && written >= 0)
+        request_answer_written(rq, (size_t)written);
+    else
+        request_answer(rq, status);
+}
+
+static void env_wait_done(struct vm_wait *wait, int status) {
+    env_wait_end(LIST_OWNER(wait, struct env_wait, wait), status);
+}
+
+static void env_wait_cancel(struct request *rq, int status, void *arg) {
+    struct env_wait *w = arg;
+    (void)rq;
+    vm_wait_cancel(&w->wait);
+    if (status == -ERR_TIMED_OUT)
+        vm_fail(w->node->vm, status, "env/%s: the guest has not answered for %u ms", w->node->name,
+                w->node->daemon->settings.timeout);
+    env_wait_end(w, status);
+}
+
+void env_commit(struct node *node, struct env_handle *h, const struct var_change *changes,
+                size_t count, ssize_t written, struct request *rq) {
+    struct env_wait *w = calloc(1, sizeof *w);
+    if (!w) {
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    w->wait.done = env_wait_done;
+    list_init(&w->wait.link);
+    w->rq = rq;
+    w->node = node_ref(node);
+    node->held++;
+    w->h = h;
+    w->written = written;
+    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, env_wait_cancel, w);
+    int r = vars_commit(node->vm->vars, changes, count, &w->wait);
+    if (r < 0)
+        env_wait_end(w, r);
+}
+
+static void env_handle_commit(struct env_handle *h, ssize_t written, struct request *rq) {
+    struct node *node = h->handle.node;
+    struct var_change set = {.name = node->name, .bytes = h->content.data ? h->content.data : "",
+                             .length = h->content.len};
+    h->wrote = true;
+    h->dirty = false;
+    env_handle_untruncate(h);
+    env_commit(node, h, &set, 1, written, rq);
+}
+
+/* An open that needs the guest's newest word first. */
+struct env_open {
+    struct vm_wait wait;
+    struct request *rq;
+    struct env_handle *h;
+};
+
+static void env_key_release(struct handle *handle);
+
+static void env_open_end(struct env_open *o, int status) {
+    struct env_handle *h = o->h;
+    struct request *rq = o->rq;
+    free(o);
+    if (status == 0 && !env_key_var(h->handle.node))
+        status = -ERR_NOT_FOUND; /* unset in the guest meanwhile */
+    if (status < 0) {
+        env_key_release(&h->handle);
+        request_answer(rq, status);
+        return;
+    }
+    env_handle_load(h);
+    request_answer_opened(rq, &h->handle);
+}
+
+static void env_open_done(struct vm_wait *wait, int status) {
+    env_open_end(LIST_OWNER(wait, struct env_open, wait), status);
+}
+
+static void env_open_cancel(struct request *rq, int status, void *arg) {
+    struct env_open *o = arg;
+    (void)rq;
+    vm_wait_cancel(&o->wait);
+    env_open_end(o, status);
+}
+
+static void env_key_open(struct node *node, int flags, struct request *rq) {
+    if (node->vm->gone || !env_key_var(node)) {
+        request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_NOT_FOUND);
+        return;
+    }
+    struct env_open *o = calloc(1, sizeof *o);
+    struct env_handle *h = o ? env_handle_new(node, flags) : NULL;
+    if (!h) {
+        free(o);
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY) {
+        free(o);
+        env_handle_truncate(h);
+        request_answer_opened(rq, &h->handle);
+        return;
+    }
+    o->wait.done = env_open_done;
+    list_init(&o->wait.link);
+    o->rq = rq;
+    o->h = h;
+    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, env_open_cancel, o);
+    int r = vars_refresh(node->vm->vars, &o->wait);
+    if (r != 0)
+        env_open_end(o, r < 0 ? r : 0);
+}
+
+static void env_key_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
+    struct env_handle *h = (struct env_handle *)handle;
+    buf_answer_read(&h->content, length, offset, rq);
+}
+
+/* Sets the length of the content; new bytes are NUL, which no variable can hold: they have to be overwritten before
+ * the commit. */
+static int env_handle_resize(struct env_handle *h, off_t size) {
+    if (size < 0 || size > VAR_LIMIT + 1)
+        return -ERR_TOO_LARGE;
+    static const char zeros[4096];
+    while (h->content.len < (size_t)size && !h->content.failed) {
+        size_t more = (size_t)size - h->content.len;
+        buf_append(&h->content, zeros, more < sizeof zeros ? more : sizeof zeros);
+    }
+    if (h->content.failed)
+        return -ERR_NO_MEMORY;
+    h->content.len = (size_t)size;
+    return 0;
+}
+
+static void env_key_write(struct handle *handle, const char *data, size_t length, off_t offset,
+                          struct request *rq) {
+    struct env_handle *h = (struct env_handle *)handle;
+    if (handle->node->vm->gone) {
+        request_answer(rq, -ERR_GONE);
+        return;
+    }
+    if (handle->flags & O_APPEND) { /* the kernel's idea of the end may be old */
+        if (!h->dirty && !h->truncating)
+            env_handle_load(h);
+        offset = (off_t)h->content.len;
+    }
+    int r = 0;
+    if (offset > VAR_LIMIT + 1 || length > VAR_LIMIT + 1 ||
+        (size_t)offset + length > VAR_LIMIT + 1)
+        r = -ERR_TOO_LARGE;
+    else if ((size_t)offset + length > h->content.len)
+        r = env_handle_resize(h, offset + (off_t)length);
+    if (r < 0) {
+        env_handle_untruncate(h);
+        h->wrote = true; /* a refused write is no empty value */
+        env_handle_load(h);
+        h->dirty = false;
+        request_answer(rq, vm_fail(handle->node->vm, r, "env/%s: a value takes %d bytes at most",
+                                   handle->node->name, VAR_LIMIT));
+        return;
+    }
+    memcpy(h->content.data + offset, data, length);
+    if (!h->wrote) {
+        env_handle_commit(h, (ssize_t)length, rq);
+        return;
+    }
+    h->dirty = true;
+    request_answer_written(rq, length);
+}
+
+static void env_key_flush(struct handle *handle, struct request *rq) {
+    struct env_handle *h = (struct env_handle *)handle;
+    if (h->dirty)
+        env_handle_commit(h, -1, rq);
+    else
+        request_answer(rq, 0);
+}
+
+static void env_key_fsync(struct handle *handle, struct request *rq) {
+    struct env_handle *h = (struct env_handle *)handle;
+    if (h->dirty || ((h->truncating || h->creating) && !h->wrote))
+        env_handle_commit(h, -1, rq);
+    else
+        request_answer(rq, 0);
+}
+
+static void env_key_release(struct handle *handle) {
+    struct env_handle *h = (struct env_handle *)handle;
+    struct node *node = handle->node;
+    if (!node->vm->gone) {
+        bool empty = (h->truncating || h->creating) && !h->wrote;
+        env_handle_untruncate(h);
+        if (empty || h->dirty) {
+            /* Nobody is there to be told; a failure is in `error` and in the log. */
+            struct var_change set = {.name = node->name,
+                                     .bytes = h->content.data ? h->content.data : "",
+                                     .length = h->content.len};
+            vars_commit(node->vm->vars, &set, 1, NULL);
+        }
+        if (h->creating)
+            vars_uncreate(node->vm->vars, node->name);
+    }
+    buf_free(&h->content);
+    handle_done(handle);
+    free(h);
+}
+
+static void env_key_set_size(struct node *node, struct env_handle *h, off_t size,
+                             struct request *rq) {
+    if (h) {
+        int r = 0;
+        if (size == 0 && !h->wrote) {
+            env_handle_truncate(h);
+        } else if ((size_t)size != h->content.len) {
+            r = env_handle_resize(h, size);
+            h->dirty = h->dirty || r == 0;
+        }
+        if (r < 0)
+            request_answer(rq, vm_fail(node->vm, r, "env/%s: a value takes %d bytes at most",
+                                       node->name, VAR_LIMIT));
+        else
+            request_answer_attr(rq, node);
+        return;
+    }
+    /* truncate(2): nobody writes after it on a handle, so it is a change by itself. */
+    const struct var *var = env_key_var(node);
+    if (!var || (size_t)size > var->length) {
+        request_answer(rq, !var ? -ERR_NOT_FOUND
+                                : vm_fail(node->vm, size > VAR_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID,
+                                          "env/%s: a value cannot be filled up with NUL bytes",
+                                          node->name));
+        return;
+    }
+    struct var_change set = {.name = node->name, .bytes = var->bytes, .length = (size_t)size};
+    env_commit(node, NULL, &set, 1, -1, rq);
+}
+
+static void env_key_setattr(struct node *node, struct handle *handle, const struct stat *want,
+                            unsigned mask, struct request *rq) {
+    struct var *var = env_key_var(node);
+    if (!var) {
+        request_answer(rq, -ERR_NOT_FOUND);
+        return;
+    }
+    if (mask & NODE_SET_MODE)
+        var->mode = want->st_mode & 07777;
+    if (mask & NODE_SET_UID)
+        var->uid = want->st_uid;
+    if (mask & NODE_SET_GID)
+        var->gid = want->st_gid;
+    if (mask & NODE_SET_ATIME)
+        var->read = want->st_atim;
+    if (mask & NODE_SET_MTIME)
+        var->changed = want->st_mtim;
+    if (mask & NODE_SET_SIZE)
+        env_key_set_size(node, (struct env_handle *)handle, want->st_size, rq);
+    else
+        request_answer_attr(rq, node);
+}
+
+const struct node_ops env_key_ops = {
+    .stat = env_key_stat,
+    .open = env_key_open,
+    .read = env_key_read,
+    .write = env_key_write,
+    .flush = env_key_flush,
+    .fsync = env_key_fsync,
+    .release = env_key_release,
+    .setattr = env_key_setattr,
+};

@@ -1,0 +1,117 @@
+#include <string.h>
+
+#include "tree/tree.h"
+#include "util/errors.h"
+#include "vm/vm.h"
+
+/* ID/: the files and directories of one VM, a static table. */
+
+static bool vmdir_error(struct vm *vm, struct buf *out) {
+    buf_append(out, vm->error.data, vm->error.len);
+    return true;
+}
+
+static bool vmdir_info(struct vm *vm, struct buf *out) {
+    json_t *info = vm_info(vm);
+    char *text = info ? json_dumps(info, JSON_INDENT(2)) : NULL;
+    if (text) {
+        buf_append_str(out, text);
+        buf_append_char(out, '\n');
+    }
+    free(text);
+    json_decref(info);
+    return text != NULL;
+}
+
+static bool vmdir_ssh_config(struct vm *vm, struct buf *out) {
+    vm_ssh_config(vm, out);
+    return true;
+}
+
+static const struct node_row vmdir_rows[] = {
+    {"console", S_IFREG | 0400, &console_ops, NULL},
+    {"env", S_IFDIR | 0700, &env_ops, NULL},
+    {"error", S_IFREG | 0444, &text_ops, vmdir_error},
+    {"exec", S_IFREG | 0600, &exec_ops, NULL},
+    {"info", S_IFREG | 0444, &text_ops, vmdir_info},
+    {"ssh_config", S_IFREG | 0400, &text_ops, vmdir_ssh_config},
+    {"status", S_IFREG | 0644, &status_ops, NULL},
+};
+#define VMDIR_ROWS (sizeof vmdir_rows / sizeof *vmdir_rows)
+_Static_assert(VMDIR_ROWS < INODE_FIRST_DYNAMIC, "inode numbers of static files run into others");
+
+uint64_t vmdir_slot(const struct node_row *row) {
+    return row ? (uint64_t)(row - vmdir_rows) + 1 : 0;
+}
+
+static const struct node_row *vmdir_row(const char *name) {
+    for (size_t i = 0; i < VMDIR_ROWS; i++)
+        if (strcmp(vmdir_rows[i].name, name) == 0)
+            return &vmdir_rows[i];
+    return NULL;
+}
+
+static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
+    node_stat_init(node, ret_stat);
+    ret_stat->st.st_ino = node_inode(node->vm, 0);
+    ret_stat->st.st_mode = S_IFDIR | 0755;
+    ret_stat->st.st_nlink = 2;
+    ret_stat->st.st_mtim = node->vm->created;
+    ret_stat->st.st_ctim = node->vm->created;
+}
+
+static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_node) {
+    const struct node_row *row = vmdir_row(name);
+    if (!row || dir->vm->gone)
+        return -ERR_NOT_FOUND;
+    /* Each use of exec has an inode to itself: a held WRITE locks its inode, and the kernel keeps one file position
+     * for all who share an open file. */
+    struct node *node = row->ops == &exec_ops
+                            ? node_child_private(dir, name, row->ops, row, dir->vm)
+                            : node_child(dir, name, row->ops, row, dir->vm);
+    if (!node)
+        return -ERR_NO_MEMORY;
+    *ret_node = node;
+    return 0;
+}
+
+static int vmdir_list(struct node *dir, struct node_list *list) {
+    for (size_t i = 0; i < VMDIR_ROWS; i++) {
+        int r = node_list_add(list, vmdir_rows[i].name, vmdir_rows[i].mode,
+                              node_inode(dir->vm, vmdir_slot(&vmdir_rows[i])));
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+/* Removing a built-in file succeeds and changes nothing, so that `rm -r ID` gets to the rmdir that
+ * destroys the VM. The kernel takes the inode for dead, though: the next lookup has to give a new one. */
+static void vmdir_unlink(struct node *dir, const char *name, struct request *rq) {
+    const struct node_row *row = vmdir_row(name);
+    if (row && S_ISDIR(row->mode)) {
+        request_answer(rq, -ERR_IS_A_DIRECTORY);
+        return;
+    }
+    node_forget_child(dir, name);
+    request_answer(rq, row ? 0 : -ERR_NOT_FOUND);
+}
+
+static void vmdir_rmdir(struct node *dir, const char *name, struct request *rq) {
+    const struct node_row *row = vmdir_row(name);
+    if (row && !S_ISDIR(row->mode)) {
+        request_answer(rq, -ERR_NOT_A_DIRECTORY);
+        return;
+    }
+    node_forget_child(dir, name);
+    request_answer(rq, row ? 0 : -ERR_NOT_FOUND);
+}
+
+const struct node_ops vmdir_ops = {
+    .stat = vmdir_stat,
+    .lookup = vmdir_lookup,
+    .list = vmdir_list,
+    .unlink = vmdir_unlink,
+    .rmdir = vmdir_rmdir,
+    .setattr = node_setattr_ignore,
+};

@@ -1,0 +1,29 @@
+#include "util/errors.h"
+
+#include <string.h>
+
+#include "util/log.h"
+
+#define ERRORS_ROW(name, number, text) {number, text},
+static const struct {
+    int number;
+    const char *text;
+} error_table[] = {ERRORS(ERRORS_ROW)};
+#undef ERRORS_ROW
+
+int error_to_user(int status) {
+    if (status >= 0)
+        return 0;
+    for (size_t i = 0; i < sizeof error_table / sizeof *error_table; i++)
+        if (error_table[i].number == -status)
+            return -status;
+    log_error("unexpected error %d (%s) is answered as EIO", -status, strerror(-status));
+    return ERR_IO;
+}
+
+const char *error_text(int status) {
+    for (size_t i = 0; i < sizeof error_table / sizeof *error_table; i++)
+        if (error_table[i].number == -status)
+            return error_table[i].text;
+    return status == 0 ? "success" : strerror(-status);
+}

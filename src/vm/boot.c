@@ -1,0 +1,214 @@
+#include "vm/boot.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "util/cleanup.h"
+#include "util/cpio.h"
+#include "util/errors.h"
+#include "util/fs.h"
+#include "vm/vars.h"
+
+/* Everything the worker thread uses is a copy, or constant for the life of the daemon. */
+struct vm_boot {
+    uv_work_t work;
+    struct vm *vm; /* a reference */
+    const struct settings *settings;
+    char *id, *dir, *image_name, *key_public;
+    struct buf env; /* the guest's env file */
+    struct vm_boot_result result;
+    void (*done)(struct vm *vm, struct vm_boot_result *result);
+};
+
+static int boot_fail(struct vm_boot *boot, const char *what, const char *path, int error) {
+    if (!boot->result.why &&
+        asprintf(&boot->result.why, "%s %s: %s", what, path, strerror(-error)) < 0)
+        boot->result.why = NULL;
+    return boot->result.status = -ERR_GONE;
+}
+
+int boot_read_public_key(const char *path, struct buf *ret_blob) {
+    cleanup_buf struct buf text = {0};
+    int r = fs_read(path, 4096, &text);
+    if (r < 0)
+        return r;
+    char *start = text.data ? strchr(text.data, ' ') : NULL;
+    if (!start)
+        return -ERR_INVALID;
+    start++;
+    return base64_decode(start, strcspn(start, " \n"), ret_blob);
+}
+
+/* The host key is made once and stays with the VM: a client that has learned it finds it again. */
+static int boot_host_key(struct vm_boot *boot, struct buf *ret_private) {
+    cleanup_free char *path = NULL, *public_path = NULL, *known_hosts = NULL;
+    cleanup_buf struct buf line = {0}, text = {0};
+    if (asprintf(&path, "%s/ssh_host_ed25519_key", boot->dir) < 0 ||
+        asprintf(&public_path, "%s.pub", path) < 0 ||
+        asprintf(&known_hosts, "%s/known_hosts", boot->dir) < 0)
+        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
+    if (access(public_path, R_OK) < 0) {
+        const char *const keygen[] = {"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", boot->id,
+                                      "-f", path, NULL};
+        unlink(path); /* half of a pair */
+        int r = fs_run(keygen);
+        if (r < 0)
+            return boot_fail(boot, "ssh-keygen (package openssh-client) could not make", path, r);
+    }
+    int r = fs_read(path, 16384, ret_private);
+    if (r == 0)
+        r = boot_read_public_key(public_path, &boot->result.host_key);
+    if (r == 0)
+        r = fs_read(public_path, 4096, &text);
+    if (r < 0)
+        return boot_fail(boot, "cannot read the host key", path, r);
+    buf_printf(&line, "%s %s", boot->id, text.data);
+    r = line.failed ? -ENOMEM : fs_replace(known_hosts, 0600, line.data, line.len);
+    return r < 0 ? boot_fail(boot, "cannot write", known_hosts, r) : 0;
+}
+
+/* The archive with what is particular to this VM (design, section 3: at boot). */
+static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct buf *out) {
+    cleanup_buf struct buf hostname = {0};
+    buf_printf(&hostname, "%s\n", boot->id);
+    const struct {
+        const char *path;
+        mode_t mode;
+        const char *data;
+        size_t length;
+    } members[] = {
+        {"etc", S_IFDIR | 0755, NULL, 0},
+        {"etc/hostname", S_IFREG | 0644, hostname.data, hostname.len},
+        {"etc/profile.d", S_IFDIR | 0755, NULL, 0},
+        {"etc/profile.d/vmsfs_env.sh", S_IFREG | 0644, boot->env.data, boot->env.len},
+        {"etc/ssh", S_IFDIR | 0755, NULL, 0},
+        {"etc/ssh/ssh_host_ed25519_key", S_IFREG | 0600, host_key->data, host_key->len},
+        {"root", S_IFDIR | 0700, NULL, 0},
+        {"root/.ssh", S_IFDIR | 0700, NULL, 0},
+        {"root/.ssh/authorized_keys", S_IFREG | 0600, boot->key_public, strlen(boot->key_public)},
+    };
+    int r = 0;
+    for (size_t i = 0; i < sizeof members / sizeof *members && r == 0; i++)
+        r = cpio_add(out, members[i].path, members[i].mode, members[i].data, members[i].length);
+    cpio_end(out);
+    return r < 0 || out->failed ? boot_fail(boot, "no memory for", boot->id, -ENOMEM) : 0;
+}
+
+static int boot_copy(int from, int to) {
+    for (;;) {
+        ssize_t n = copy_file_range(from, NULL, to, NULL, 1 << 30, 0);
+        if (n == 0)
+            return 0;
+        if (n < 0 && (errno == EXDEV || errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP))
+            break;
+        if (n < 0 && errno != EINTR)
+            return -errno;
+    }
+    char block[65536];
+    for (;;) {
+        ssize_t n = read(from, block, sizeof block);
+        if (n <= 0)
+            return n < 0 ? -errno : 0;
+        for (ssize_t done = 0; done < n;) {
+            ssize_t w = write(to, block + done, (size_t)(n - done));
+            if (w < 0)
+                return -errno;
+            done += w;
+        }
+    }
+}
+
+/* The kernel takes several archives, one behind the other, as one initramfs; each starts at a multiple of 4. */
+static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
+    cleanup_free char *path = NULL;
+    if (asprintf(&path, "%s/initrd", boot->dir) < 0)
+        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
+    cleanup_close int from = open(boot->result.image.initrd, O_RDONLY | O_CLOEXEC);
+    if (from < 0)
+        return boot_fail(boot, "cannot read", boot->result.image.initrd, -errno);
+    unlink(path);
+    cleanup_close int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (to < 0)
+        return boot_fail(boot, "cannot write", path, -errno);
+    int r = boot_copy(from, to);
+    off_t end = r == 0 ? lseek(to, 0, SEEK_END) : -1;
+    if (r == 0 && (end < 0 || ftruncate(to, (end + 3) / 4 * 4) < 0 || lseek(to, 0, SEEK_END) < 0))
+        r = -errno;
+    for (size_t done = 0; r == 0 && done < archive->len;) {
+        ssize_t n = write(to, archive->data + done, archive->len - done);
+        if (n < 0)
+            r = -errno;
+        else
+            done += (size_t)n;
+    }
+    if (r < 0)
+        return boot_fail(boot, "cannot write", path, r);
+    boot->result.initrd = path;
+    path = NULL;
+    return 0;
+}
+
+static void boot_work(uv_work_t *work) {
+    struct vm_boot *boot = work->data;
+    cleanup_buf struct buf host_key = {0}, archive = {0};
+    boot->result.status =
+        image_open(boot->settings, boot->image_name, &boot->result.image, &boot->result.why);
+    if (boot->result.status < 0 || boot_host_key(boot, &host_key) < 0 ||
+        boot_archive(boot, &host_key, &archive) < 0)
+        return;
+    boot_initrd(boot, &archive);
+    explicit_bzero(host_key.data, host_key.len);
+    explicit_bzero(archive.data, archive.len);
+}
+
+static void boot_free(struct vm_boot *boot) {
+    free(boot->id);
+    free(boot->dir);
+    free(boot->image_name);
+    free(boot->key_public);
+    buf_free(&boot->env);
+    free(boot->result.why);
+    free(boot->result.initrd);
+    buf_free(&boot->result.host_key);
+    image_close(&boot->result.image);
+    free(boot);
+}
+
+static void boot_after(uv_work_t *work, int status) {
+    struct vm_boot *boot = work->data;
+    (void)status;
+    boot->vm->boot = NULL;
+    boot->done(boot->vm, &boot->result);
+    vm_unref(boot->vm);
+    boot_free(boot);
+}
+
+int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_result *result)) {
+    struct vm_boot *boot = calloc(1, sizeof *boot);
+    if (!boot)
+        return -ERR_NO_MEMORY;
+    boot->vm = vm;
+    boot->done = done;
+    boot->settings = &vm->daemon->settings;
+    boot->id = strdup(vm->id);
+    boot->dir = strdup(vm->dir);
+    boot->image_name = strdup(vm->image);
+    boot->key_public = strdup(vm->daemon->key_public);
+    boot->work.data = boot;
+    int r = vars_inject(vm->vars, &boot->env);
+    if (!boot->id || !boot->dir || !boot->image_name || !boot->key_public)
+        r = -ERR_NO_MEMORY;
+    if (r == 0)
+        r = uv_queue_work(vm->daemon->loop, &boot->work, boot_work, boot_after);
+    if (r < 0) {
+        boot_free(boot);
+        return r;
+    }
+    vm_ref(vm);
+    vm->boot = boot;
+    return 0;
+}

@@ -1,0 +1,486 @@
+#include "vm/command.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "guest/guest.h"
+#include "ssh/ssh.h"
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/log.h"
+#include "util/random.h"
+#include "vm/control.h"
+#include "vm/target.h"
+
+/* Commands run in shells that are started ahead of them: opening a channel and starting a shell is most of what a short
+ * command costs. One such shell, the spare, is kept for each VM. */
+
+#define COMMAND_ERRORS_KEPT 2048   /* bytes of stderr that `error` may quote */
+#define COMMAND_KILL_MS 2000       /* from TERM to KILL */
+#define COMMAND_SPARE_MS 20        /* from a command's start to that of the next spare: out of its way */
+#define COMMAND_LINGER_MS 300      /* from one stream's end to giving up on the other's */
+#define COMMAND_POOL_IDLE_MS 60000 /* a connection beyond the first, without commands */
+#define COMMAND_PID_LINE 32
+
+/* What came on one stream and may be the beginning of the end marker. */
+struct command_stream {
+    struct buf held;
+    bool ended; /* the marker has come */
+};
+
+/* A shell in the guest, spare or running its one command. */
+struct command_shell {
+    struct commands *commands;
+    struct ssh_channel *channel;
+    struct list link; /* in commands->shells */
+    struct command *command; /* NULL: spare. A reference */
+    long pid;                /* of the shell, leader of its process group; 0: not known yet */
+    bool pid_read;
+    bool kill_wanted;
+    struct command_stream out, err;
+    int marker_status;
+    uv_timer_t *timer; /* KILL, or the end of lingering; NULL: none */
+};
+
+struct commands {
+    struct vm *vm; /* the owner */
+    struct ssh_pool *pool; /* NULL: the guest is not reached */
+    struct command_shell *spare;
+    struct list shells;
+    struct command *newest; /* a reference; NULL: none */
+    uv_timer_t *spare_timer;
+    uint64_t started, failed; /* counters */
+};
+
+struct commands *commands_new(struct vm *vm) {
+    struct commands *commands = calloc(1, sizeof *commands);
+    if (!commands)
+        return NULL;
+    commands->spare_timer = malloc(sizeof *commands->spare_timer);
+    if (!commands->spare_timer) {
+        free(commands);
+        return NULL;
+    }
+    uv_timer_init(vm->daemon->loop, commands->spare_timer);
+    commands->spare_timer->data = commands;
+    commands->vm = vm;
+    list_init(&commands->shells);
+    return commands;
+}
+
+struct command *command_ref(struct command *command) {
+    command->refs++;
+    return command;
+}
+
+void command_unref(struct command *command) {
+    if (--command->refs > 0)
+        return;
+    if (command->spool >= 0)
+        close(command->spool);
+    buf_free(&command->errors);
+    free(command->text);
+    vm_unref(command->vm);
+    free(command);
+}
+
+struct command *command_newest(struct vm *vm) {
+    return vm->commands ? vm->commands->newest : NULL;
+}
+
+static void shell_timer(struct command_shell *shell, uv_timer_cb cb, unsigned ms) {
+    if (!shell->timer) {
+        shell->timer = malloc(sizeof *shell->timer);
+        if (!shell->timer)
+            return;
+        uv_timer_init(shell->commands->vm->daemon->loop, shell->timer);
+        shell->timer->data = shell;
+    }
+    uv_timer_start(shell->timer, cb, ms, 0);
+}
+
+static void shell_free(struct command_shell *shell) {
+    if (shell->commands->spare == shell)
+        shell->commands->spare = NULL;
+    list_remove(&shell->link);
+    if (shell->timer) {
+        uv_timer_stop(shell->timer);
+        uv_close((uv_handle_t *)shell->timer, (uv_close_cb)free);
+    }
+    if (shell->channel)
+        ssh_channel_close(shell->channel);
+    buf_free(&shell->out.held);
+    buf_free(&shell->err.held);
+    free(shell);
+}
+
+/* Puts output into the spool, and wakes who follows it. */
+static void command_output(struct command *command, int stream, const char *data, size_t length) {
+    if (!length)
+        return;
+    for (size_t done = 0; done < length && !command->cut;) {
+        ssize_t n = pwrite(command->spool, data + done, length - done, (off_t)command->output);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            command->cut = true;
+            vm_fail(command->vm, -ERR_NO_ROOM, "exec: output is cut after %llu bytes: %s",
+                    (unsigned long long)command->output, strerror(errno));
+            break;
+        }
+        done += (size_t)n;
+        command->output += (uint64_t)n;
+    }
+    if (stream == 2) {
+        buf_append(&command->errors, data, length);
+        if (command->errors.len > 2 * COMMAND_ERRORS_KEPT)
+            buf_consume(&command->errors, command->errors.len - COMMAND_ERRORS_KEPT);
+    }
+}
+
+static void commands_want_spare(struct commands *commands, unsigned ms);
+
+/* The command is over; what is still held back of its output belongs to it. */
+static void shell_end(struct command_shell *shell, enum command_end end) {
+    struct commands *commands = shell->commands;
+    struct command *command = shell->command;
+    if (command) {
+        if (!shell->out.ended)
+            command_output(command, 1, shell->out.held.data, shell->out.held.len);
+        if (!shell->err.ended)
+            command_output(command, 2, shell->err.held.data, shell->err.held.len);
+        command->end = end;
+        command->shell = NULL;
+        commands->failed += end != COMMAND_EXITED || command->status != 0;
+    }
+    shell_free(shell);
+    if (commands->pool && !commands->spare)
+        commands_want_spare(commands, 0);
+    if (command) {
+        vm_wait_wake(&command->waits, 0);
+        command_unref(command);
+    }
+}
+
+static void shell_linger_over(uv_timer_t *timer) {
+    struct command_shell *shell = timer->data;
+    shell->command->status = shell->marker_status;
+    shell_end(shell, COMMAND_EXITED);
+}
+
+static void shell_kill_hard(uv_timer_t *timer);
+
+static void control_ignore(void *arg, int status, const char *output, size_t length) {
+    (void)arg;
+    (void)status;
+    (void)output;
+    (void)length;
+}
+
+static void shell_signal(struct command_shell *shell, bool hard) {
+    struct vm *vm = shell->commands->vm;
+    cleanup_buf struct buf script = {0};
+    vm->guest->command_signal(&script, shell->pid, hard);
+    if (script.failed || control_request(vm->control, &script, control_ignore, NULL) < 0)
+        log_warn("%s: a command could not be ended in the guest: no connection", vm->id);
+}
+
+static void shell_kill_hard(uv_timer_t *timer) {
+    struct command_shell *shell = timer->data;
+    shell_signal(shell, true);
+    shell->command->status = 0;
+    snprintf(shell->command->signal, sizeof shell->command->signal, "KILL");
+    shell_end(shell, COMMAND_SIGNALED);
+}
+
+static void shell_kill(struct command_shell *shell) {
+    shell->kill_wanted = true;
+    shell_timer(shell, shell_kill_hard, COMMAND_KILL_MS);
+    if (shell->pid)
+        shell_signal(shell, false);
+}
+
+/* The shell's first line on stderr is its process id. */
+static void shell_read_pid(struct command_shell *shell) {
+    struct buf *held = &shell->err.held;
+    char *end = held->len ? memchr(held->data, '\n', held->len) : NULL;
+    if (!end && held->len < COMMAND_PID_LINE)
+        return;
+    shell->pid_read = true;
+    char *after = NULL;
+    long pid = end ? strtol(held->data, &after, 10) : 0;
+    if (!end || after != end || pid <= 1)
+        return; /* something else: it is shown as the command's own */
+    shell->pid = pid;
+    buf_consume(held, (size_t)(end - held->data) + 1);
+    if (shell->kill_wanted)
+        shell_signal(shell, false);
+}
+
+static void shell_data(void *arg, int stream, const char *data, size_t length) {
+    struct command_shell *shell = arg;
+    struct command_stream *s = stream == 1 ? &shell->out : &shell->err;
+    if (s->ended)
+        return; /* of a process that lives on in the background */
+    buf_append(&s->held, data, length);
+    if (stream == 2 && !shell->pid_read)
+        shell_read_pid(shell);
+    if (s->held.failed || (!shell->command && s->held.len > COMMAND_ERRORS_KEPT)) {
+        shell_end(shell, COMMAND_LOST);
+        return;
+    }
+    if (!shell->command || (stream == 2 && !shell->pid_read) || !s->held.len)
+        return;
+
+    struct command *command = shell->command;
+    size_t before, after;
+    int status = 0;
+    int found = guest_marker_find(s->held.data, s->held.len, command->nonce, &before, &after, &status);
+    command_output(command, stream, s->held.data, before);
+    buf_consume(&s->held, before);
+    if (found) {
+        s->ended = true;
+        buf_free(&s->held);
+        shell->marker_status = status;
+        if (shell->out.ended && shell->err.ended) {
+            command->status = status;
+            shell_end(shell, COMMAND_EXITED);
+            return;
+        }
+        if (!shell->kill_wanted)
+            shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
+    }
+    if (before)
+        vm_wait_wake(&command->waits, 0);
+}
+
+static void shell_over(void *arg, const struct ssh_exit *exit) {
+    struct command_shell *shell = arg;
+    struct command *command = shell->command;
+    enum command_end end = COMMAND_EXITED;
+    if (!command) {
+        log_debug("%s: the shell kept ready has ended: %s", shell->commands->vm->id,
+                  exit->why ? exit->why : "");
+        shell_free(shell);
+        return;
+    }
+    switch (exit->end) {
+    case SSH_EXITED:
+        command->status = exit->status;
+        break;
+    case SSH_SIGNALED:
+        end = COMMAND_SIGNALED;
+        snprintf(command->signal, sizeof command->signal, "%s", exit->signal);
+        break;
+    case SSH_REFUSED:
+    case SSH_LOST:
+        end = exit->end == SSH_LOST ? COMMAND_LOST : COMMAND_REFUSED;
+        command->error = exit->error;
+        vm_fail(command->vm, exit->error, "exec: %s: %s",
+                end == COMMAND_LOST ? "what became of the command is not known"
+                                    : "the command did not run",
+                exit->why);
+        break;
+    }
+    if (shell->out.ended || shell->err.ended) {
+        end = COMMAND_EXITED;
+        command->status = shell->marker_status;
+    }
+    shell_end(shell, end);
+}
+
+static struct command_shell *shell_open(struct commands *commands) {
+    static const struct ssh_channel_events events = {.data = shell_data, .closed = shell_over};
+    struct command_shell *shell = calloc(1, sizeof *shell);
+    cleanup_buf struct buf text = {0};
+    commands->vm->guest->command_shell(&text, GUEST_ENV_FILE);
+    if (!shell || text.failed) {
+        free(shell);
+        return NULL;
+    }
+    shell->commands = commands;
+    list_append(&commands->shells, &shell->link);
+    if (ssh_pool_exec(commands->pool, text.data, &events, shell, &shell->channel) < 0) {
+        shell_free(shell);
+        return NULL;
+    }
+    return shell;
+}
+
+static void commands_open_spare(uv_timer_t *timer) {
+    struct commands *commands = timer->data;
+    if (commands->pool && !commands->spare)
+        commands->spare = shell_open(commands);
+}
+
+static void commands_want_spare(struct commands *commands, unsigned ms) {
+    uv_timer_start(commands->spare_timer, commands_open_spare, ms, 0);
+}
+
+void commands_start(struct commands *commands) {
+    struct ssh_target target;
+    if (commands->pool || !vm_target(commands->vm, &target))
+        return;
+    if (ssh_pool_new(commands->vm->daemon->loop, &target, COMMAND_POOL_IDLE_MS, &commands->pool) < 0) {
+        log_error("%s: no memory for command connections", commands->vm->id);
+        return;
+    }
+    commands_want_spare(commands, 0);
+}
+
+void commands_stop(struct commands *commands, int status, const char *why) {
+    uv_timer_stop(commands->spare_timer);
+    while (!list_is_empty(&commands->shells)) {
+        struct command_shell *shell =
+            LIST_OWNER(commands->shells.next, struct command_shell, link);
+        struct ssh_exit exit = {.end = SSH_LOST, .error = status, .why = why};
+        shell_over(shell, &exit);
+    }
+    if (commands->pool) {
+        struct ssh_pool *pool = commands->pool;
+        commands->pool = NULL;
+        ssh_pool_close(pool);
+    }
+}
+
+void commands_free(struct commands *commands) {
+    if (!commands)
+        return;
+    commands_stop(commands, -ERR_GONE, "the VM is gone");
+    if (commands->newest)
+        command_unref(commands->newest);
+    uv_close((uv_handle_t *)commands->spare_timer, (uv_close_cb)free);
+    free(commands);
+}
+
+/* A file without a name: it is gone with its last user, whatever happens. */
+static int command_open_spool(const struct vm *vm) {
+    int fd = open(vm->dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
+        return fd < 0 ? -errno : fd;
+    cleanup_buf struct buf path = {0};
+    buf_printf(&path, "%s/spool.XXXXXX", vm->dir);
+    if (path.failed)
+        return -ERR_NO_MEMORY;
+    fd = mkostemp(path.data, O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    unlink(path.data);
+    return fd;
+}
+
+static struct command *command_new(struct vm *vm, const char *text, size_t length) {
+    struct command *command = calloc(1, sizeof *command);
+    if (!command)
+        return NULL;
+    command->refs = 1;
+    command->vm = vm_ref(vm);
+    list_init(&command->waits);
+    command->text = strndup(text, length);
+    command->spool = command_open_spool(vm);
+    if (!command->text || command->spool < 0 || random_nonce(command->nonce) < 0) {
+        vm_fail(vm, -ERR_IO, "exec: no place for the output: %s", strerror(-command->spool));
+        command_unref(command);
+        return NULL;
+    }
+    return command;
+}
+
+static int command_check(struct vm *vm, const char *text, size_t *length) {
+    while (*length > 0 && text[*length - 1] == '\n')
+        --*length;
+    if (*length > COMMAND_LIMIT)
+        return vm_fail(vm, -ERR_COMMAND_TOO_LARGE, "exec: a command takes %d bytes at most",
+                       COMMAND_LIMIT);
+    if (memchr(text, 0, *length))
+        return vm_fail(vm, -ERR_INVALID, "exec: a command holds no NUL byte");
+    return vm_check_running(vm);
+}
+
+int command_run(struct vm *vm, const char *text, size_t length, struct command **ret_command) {
+    struct commands *commands = vm->commands;
+    int r = command_check(vm, text, &length);
+    if (r < 0)
+        return r;
+    if (!commands->pool)
+        return -ERR_UNREACHABLE;
+    struct command *command = command_new(vm, text, length);
+    if (!command)
+        return -ERR_IO;
+    struct command_shell *shell = commands->spare ? commands->spare : shell_open(commands);
+    if (!shell) {
+        command_unref(command);
+        return -ERR_NO_MEMORY;
+    }
+    commands->spare = NULL;
+    shell->command = command_ref(command);
+    command->shell = shell;
+
+    cleanup_buf struct buf start = {0};
+    vm->guest->command_start(&start, command->nonce, true, text, length);
+    if (start.failed || ssh_channel_write(shell->channel, start.data, start.len) < 0) {
+        command_unref(shell->command);
+        shell->command = NULL;
+        shell_free(shell);
+        command_unref(command);
+        return -ERR_UNREACHABLE;
+    }
+    ssh_channel_eof(shell->channel);
+    commands->started++;
+    commands_want_spare(commands, COMMAND_SPARE_MS);
+    if (commands->newest)
+        command_unref(commands->newest);
+    commands->newest = command_ref(command);
+    *ret_command = command;
+    return 0;
+}
+
+void command_kill(struct command *command) {
+    if (command->end == COMMAND_RUNNING && command->shell)
+        shell_kill(command->shell);
+}
+
+/* Quotes the beginning of a command or the end of its stderr. */
+static void command_quote(struct buf *out, const char *text, size_t length, size_t most) {
+    size_t n = length < most ? length : most;
+    buf_append(out, text, n);
+    if (n < length)
+        buf_append_str(out, "…");
+}
+
+int command_verdict(struct command *command) {
+    if (command->end == COMMAND_EXITED && command->status == 0)
+        return 0;
+    if (command->end == COMMAND_LOST || command->end == COMMAND_REFUSED)
+        return command->error;
+    struct buf text = {0};
+    buf_append_str(&text, "exec: `");
+    command_quote(&text, command->text, strlen(command->text), 200);
+    if (command->end == COMMAND_SIGNALED)
+        buf_printf(&text, "` was ended by signal %s", command->signal);
+    else
+        buf_printf(&text, "` exited with status %d", command->status);
+    if (command->errors.len) {
+        size_t skip =
+            command->errors.len > COMMAND_ERRORS_KEPT ? command->errors.len - COMMAND_ERRORS_KEPT : 0;
+        size_t length = command->errors.len - skip;
+        while (length && command->errors.data[skip + length - 1] == '\n')
+            length--;
+        buf_append_str(&text, "; it said: ");
+        buf_append(&text, command->errors.data + skip, length);
+    }
+    log_info("%s: a command failed (status %d)", command->vm->id, command->status);
+    vm_set_error(command->vm, &text);
+    return -ERR_COMMAND_FAILED;
+}
+
+void commands_describe(const struct commands *commands, json_t *info) {
+    json_object_set_new(info, "commands", json_integer((json_int_t)commands->started));
+    json_object_set_new(info, "commands_failed", json_integer((json_int_t)commands->failed));
+    json_object_set_new(
+        info, "connections",
+        json_integer(commands->pool ? (json_int_t)ssh_pool_connections(commands->pool) : 0));
+}

@@ -1,0 +1,192 @@
+#include "vm/daemon.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include "util/cleanup.h"
+#include "util/fs.h"
+#include "util/log.h"
+#include "vm/command.h"
+#include "vm/control.h"
+#include "vm/vm.h"
+#include "vmm/vmm.h"
+
+/* The state directory: its lock, the daemon's own key, the VMs that are recorded in it. */
+
+static int daemon_fail(char **ret_why, int status, const char *what, const char *path) {
+    if (asprintf(ret_why, "%s %s: %s", what, path, strerror(-status)) < 0)
+        *ret_why = NULL;
+    return status;
+}
+
+/* A directory of ours: nobody else's, open to nobody else. */
+static int daemon_own_directory(const char *path, char **ret_why) {
+    struct stat st;
+    int r = fs_mkdir_all(path, 0700);
+    if (r == 0 && lstat(path, &st) < 0)
+        r = -errno;
+    if (r < 0)
+        return daemon_fail(ret_why, r, "cannot make", path);
+    if (!S_ISDIR(st.st_mode) || st.st_uid != getuid())
+        return daemon_fail(ret_why, -EPERM, "is not a directory of the user who starts vmsfs:", path);
+    if ((st.st_mode & 077) && chmod(path, 0700) < 0)
+        return daemon_fail(ret_why, -errno, "cannot make private:", path);
+    return 0;
+}
+
+static int daemon_lock(struct daemon *d, char **ret_why) {
+    cleanup_free char *path = NULL;
+    if (asprintf(&path, "%s/lock", d->settings.state_dir) < 0)
+        return -ENOMEM;
+    d->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (d->lock_fd < 0)
+        return daemon_fail(ret_why, -errno, "cannot open", path);
+    if (flock(d->lock_fd, LOCK_EX | LOCK_NB) == 0)
+        return 0;
+    if (asprintf(ret_why,
+                 "another vmsfs uses the state directory %s: unmount that one first, or choose "
+                 "another directory with -o state=DIR",
+                 d->settings.state_dir) < 0)
+        *ret_why = NULL;
+    return -EBUSY;
+}
+
+static int daemon_key(struct daemon *d, char **ret_why) {
+    cleanup_free char *public_path = NULL;
+    struct buf text = {0};
+    if (asprintf(&d->key_path, "%s/id_ed25519", d->settings.state_dir) < 0 ||
+        asprintf(&public_path, "%s.pub", d->key_path) < 0)
+        return -ENOMEM;
+    if (access(public_path, R_OK) < 0) {
+        const char *const keygen[] = {"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmsfs",
+                                      "-f", d->key_path, NULL};
+        unlink(d->key_path);
+        int r = fs_run(keygen);
+        if (r < 0)
+            return daemon_fail(ret_why, r, "ssh-keygen (package openssh-client) could not make",
+                               d->key_path);
+    }
+    int r = fs_read(public_path, 4096, &text);
+    if (r < 0) {
+        buf_free(&text);
+        return daemon_fail(ret_why, r, "cannot read", public_path);
+    }
+    d->key_public = buf_steal(&text, NULL);
+    return d->key_public ? 0 : -ENOMEM;
+}
+
+/* Calls `visit` with the path of each folder in STATE/`name`. */
+static int daemon_each(struct daemon *d, const char *name, void (*visit)(struct daemon *d, const char *path),
+                       char **ret_why) {
+    cleanup_free char *path = NULL;
+    if (asprintf(&path, "%s/%s", d->settings.state_dir, name) < 0)
+        return -ENOMEM;
+    int r = daemon_own_directory(path, ret_why);
+    if (r < 0)
+        return r;
+    DIR *dir = opendir(path);
+    if (!dir)
+        return daemon_fail(ret_why, -errno, "cannot read", path);
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        cleanup_free char *one = NULL;
+        if (entry->d_name[0] != '.' && asprintf(&one, "%s/%s", path, entry->d_name) >= 0)
+            visit(d, one);
+    }
+    closedir(dir);
+    return 0;
+}
+
+static void daemon_load_one(struct daemon *d, const char *path) {
+    struct vm *vm = vm_load(d, path);
+    if (!vm) {
+        log_error("%s holds no VM that can be read; it is left alone", path);
+        return;
+    }
+    if (strcmp(strrchr(path, '/') + 1, vm->id) != 0 || vm_find(d, vm->id)) {
+        log_error("%s is the record of another VM, %s; it is left alone", path, vm->id);
+        vm_release(vm);
+        return;
+    }
+    if (vm->number > d->last_number)
+        d->last_number = vm->number;
+    registry_add(d, vm);
+}
+
+/* VMs whose destruction a killed daemon did not finish. */
+static void daemon_clear_one(struct daemon *d, const char *path) {
+    struct vm *vm = vm_load(d, path);
+    uint64_t number = strtoull(strrchr(path, '/') + 1, NULL, 10);
+    if (number > d->last_number && number < UINT32_MAX)
+        d->last_number = number;
+    if (vm)
+        vm_destroy(vm, NULL);
+    else
+        fs_remove_all(path);
+}
+
+int daemon_open(struct daemon *d, char **ret_why) {
+    RB_INIT(&d->vms);
+    d->lock_fd = -1;
+    d->uid = getuid();
+    d->gid = getgid();
+    clock_gettime(CLOCK_REALTIME, &d->started);
+    /* Numbers of VMs are not used twice, also when none is left that tells the last. */
+    d->last_number = (uint64_t)d->started.tv_sec;
+    int r = daemon_own_directory(d->settings.state_dir, ret_why);
+    if (r == 0)
+        r = daemon_own_directory(d->settings.runtime_dir, ret_why);
+    if (r == 0)
+        r = daemon_lock(d, ret_why);
+    if (r == 0)
+        r = daemon_key(d, ret_why);
+    if (r == 0)
+        r = daemon_each(d, "vms", daemon_load_one, ret_why);
+    if (r == 0)
+        r = daemon_each(d, "trash", daemon_clear_one, ret_why);
+    return r;
+}
+
+bool daemon_is_settled(const struct daemon *d) {
+    struct vm *vm;
+    struct vm_index *vms = (struct vm_index *)(uintptr_t)&d->vms;
+    RB_FOREACH(vm, vm_index, vms) {
+        if (vm->state == VM_UNREACHABLE)
+            return false;
+    }
+    return true;
+}
+
+void daemon_destroy_all(struct daemon *d) {
+    struct vm *vm;
+    while ((vm = RB_MIN(vm_index, &d->vms)))
+        vm_destroy(vm, NULL);
+}
+
+void daemon_close(struct daemon *d) {
+    struct vm *vm;
+    while ((vm = RB_MIN(vm_index, &d->vms))) {
+        RB_REMOVE(vm_index, &d->vms, vm);
+        vm_release(vm);
+    }
+}
+
+void daemon_free(struct daemon *d) {
+    if (d->lock_fd >= 0)
+        close(d->lock_fd);
+    free(d->key_path);
+    free(d->key_public);
+    free(d->backend_note);
+    free(d->settings.mountpoint);
+    free(d->settings.state_dir);
+    free(d->settings.runtime_dir);
+    free(d->settings.images_dir);
+    free(d->settings.image);
+    free(d->settings.backend);
+}

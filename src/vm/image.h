@@ -1,0 +1,27 @@
+#pragma once
+
+#include "vm/daemon.h"
+
+/* Images: folders with an image.json that says how to boot what else is in them. A VM's image is named by its
+ * folder's name, looked for in image_search_path(), or by an absolute path.
+ *
+ *     {"os": "linux", "kernel": "vmlinuz", "initrd": "initrd.img", "boot_args": "…", "inject": "cpio",
+ *      "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80}
+ *
+ * "inject": "cpio": the guest is an initramfs, and what is particular to a VM is a second cpio archive. */
+
+struct image {
+    char *path; /* of the folder, absolute */
+    char *kernel, *initrd; /* absolute */
+    char *boot_args;
+    char *user;
+    unsigned vcpus, memory, memory_min;
+};
+
+/* Reads an image. On error *ret_why is a sentence with the remedy (the caller frees it). Blocks shortly. */
+int image_open(const struct settings *settings, const char *name, struct image *ret_image,
+               char **ret_why);
+void image_close(struct image *image);
+
+/* The folders that images are looked for in, one a line, in their order. */
+void image_search_path(const struct settings *settings, struct buf *out);

@@ -1,0 +1,188 @@
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/fs.h"
+#include "util/log.h"
+#include "vm/boot.h"
+#include "vm/vars.h"
+#include "vm/vm.h"
+#include "vmm/vmm.h"
+
+/* The record of a VM, vm.json in its folder: what the next daemon needs to go on. Mode 0600, replaced by rename,
+ * written in the thread pool. */
+
+#define RECORD_VERSION 1
+#define RECORD_LIMIT (32 << 20)
+
+struct record_writing {
+    uv_work_t work;
+    struct vm *vm; /* a reference */
+    char *path;
+    char *text;
+    bool for_vars; /* its verdict is that of a batch of variables */
+    int status;
+};
+
+static json_t *record_make(struct vm *vm) {
+    json_t *vmm = vm->vmm ? vm->vmm->ops->save(vm->vmm) : NULL;
+    json_t *variables = vars_save(vm->vars);
+    if (!variables) {
+        json_decref(vmm);
+        return NULL;
+    }
+    return json_pack("{s:i, s:s, s:I, s:s, s:b, s:s, s:i, s:i, s:I, s:I, s:s*, s:s*, s:o*, s:o}",
+                     "version", RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number, "state",
+                     vm_state_name(vm->state), "attached", vm->attached, "image", vm->image, "vcpus",
+                     (int)vm->vcpus, "memory", (int)vm->memory, "created",
+                     (json_int_t)vm->created.tv_sec, "booted_ms", (json_int_t)vm->booted_ms, "user",
+                     vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL, "vmm", vmm, "variables",
+                     variables);
+}
+
+static void record_write(uv_work_t *work) {
+    struct record_writing *w = work->data;
+    w->status = fs_replace(w->path, 0600, w->text, strlen(w->text));
+}
+
+static void record_free(struct record_writing *w) {
+    if (w->text)
+        explicit_bzero(w->text, strlen(w->text));
+    free(w->text);
+    free(w->path);
+    free(w);
+}
+
+static void record_start(struct vm *vm);
+
+static void record_written(uv_work_t *work, int status) {
+    struct record_writing *w = work->data;
+    struct vm *vm = w->vm;
+    (void)status;
+    vm->saving = false;
+    if (w->status < 0 && !vm->gone)
+        vm_fail(vm, -ERR_IO, "cannot write %s: %s", w->path, strerror(-w->status));
+    if (vm->gone) {
+        vars_saved(vm->vars, -ERR_GONE);
+        vm_destroy_step(vm);
+    } else {
+        if (w->for_vars)
+            vars_saved(vm->vars, w->status == -ENOSPC || w->status == -EDQUOT ? -ERR_NO_ROOM
+                                 : w->status < 0                              ? -ERR_IO
+                                                                              : 0);
+        if (vm->save_again && !vm->saving)
+            record_start(vm);
+    }
+    vm_unref(vm);
+    record_free(w);
+}
+
+static void record_start(struct vm *vm) {
+    struct record_writing *w = calloc(1, sizeof *w);
+    json_t *record = record_make(vm);
+    vm->save_again = false;
+    bool ok = w && record && asprintf(&w->path, "%s/vm.json", vm->dir) >= 0;
+    if (ok) {
+        w->text = json_dumps(record, JSON_INDENT(2));
+        w->work.data = w;
+        w->for_vars = vars_wants_saving(vm->vars);
+        w->vm = vm;
+        ok = w->text && uv_queue_work(vm->daemon->loop, &w->work, record_write, record_written) == 0;
+    }
+    json_decref(record);
+    if (ok) {
+        vm->saving = true;
+        vm_ref(vm);
+        return;
+    }
+    log_error("%s: no memory to write its record", vm->id);
+    if (w)
+        record_free(w);
+    vars_saved(vm->vars, -ERR_NO_MEMORY);
+}
+
+void vm_save(struct vm *vm) {
+    vm->save_again = true;
+    if (!vm->saving && !vm->gone)
+        record_start(vm);
+}
+
+static const char *record_text(const json_t *record, const char *key) {
+    return json_string_value(json_object_get(record, key));
+}
+
+static unsigned record_number(const json_t *record, const char *key) {
+    json_int_t n = json_integer_value(json_object_get(record, key));
+    return n < 0 || n > (1 << 20) ? 0 : (unsigned)n;
+}
+
+/* Takes over the VMM that runs for this VM, if it does. */
+static void record_adopt(struct vm *vm, const json_t *record) {
+    const struct vmm_ops *ops;
+    cleanup_free char *why = NULL, *key = NULL;
+    const char *backend = record_text(record, "backend");
+    const json_t *saved = json_object_get(record, "vmm");
+    struct vmm_config config = {.id = vm->id, .dir = vm->dir};
+    if (!backend || !saved)
+        return;
+    if (asprintf(&key, "%s/ssh_host_ed25519_key.pub", vm->dir) < 0)
+        return;
+    int r = vmm_find(backend, &ops, &why);
+    if (r == 0)
+        r = boot_read_public_key(key, &vm->host_key);
+    if (r == 0)
+        r = ops->adopt(vm->daemon->loop, &config, saved, &vm_vmm_events, vm, &vm->vmm);
+    if (r < 0) {
+        vm_fail(vm, r, "%s ended while no daemon was there to see it; `echo running > status` starts it",
+                vm->id);
+        return;
+    }
+    vm->attached = json_is_true(json_object_get(record, "attached"));
+    vm->boot_started = uv_now(vm->daemon->loop);
+    vm->state = vm->attached ? VM_UNREACHABLE : VM_BOOTING;
+}
+
+struct vm *vm_load(struct daemon *d, const char *dir) {
+    cleanup_free char *path = NULL;
+    cleanup_buf struct buf text = {0};
+    json_error_t error;
+    if (asprintf(&path, "%s/vm.json", dir) < 0 || fs_read(path, RECORD_LIMIT, &text) < 0)
+        return NULL;
+    json_t *record = json_loadb(text.data ? text.data : "", text.len, 0, &error);
+    if (text.data)
+        explicit_bzero(text.data, text.len);
+    const char *id = record_text(record, "id"), *image = record_text(record, "image");
+    json_int_t number = json_integer_value(json_object_get(record, "number"));
+    struct vm *vm = NULL;
+    if (id && vm_id_is_valid(id) && number > 0 && number < UINT32_MAX)
+        vm = vm_new(d, id, (uint64_t)number, dir);
+    if (!vm) {
+        log_error("%s is no record of a VM (%s); it is left alone", path, record ? "" : error.text);
+        json_decref(record);
+        return NULL;
+    }
+    if (image) {
+        free(vm->image);
+        vm->image = strdup(image);
+    }
+    if (record_text(record, "user"))
+        vm->user = strdup(record_text(record, "user"));
+    vm->vcpus = record_number(record, "vcpus");
+    vm->memory = record_number(record, "memory");
+    vm->booted_ms = record_number(record, "booted_ms");
+    vm->created.tv_sec = json_integer_value(json_object_get(record, "created"));
+    int state = record_text(record, "state")
+                    ? vm_state_from_name(record_text(record, "state"),
+                                         strlen(record_text(record, "state")))
+                    : VM_STOPPED;
+    vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
+    int r = vars_load(vm->vars, json_object_get(record, "variables"));
+    if (r < 0)
+        vm_fail(vm, r, "%s: the variables in %s cannot be read", vm->id, path);
+    record_adopt(vm, record);
+    json_decref(record);
+    return vm;
+}

@@ -1,0 +1,190 @@
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/fs.h"
+#include "util/log.h"
+#include "vm/command.h"
+#include "vm/control.h"
+#include "vm/vars.h"
+#include "vm/vm.h"
+#include "vmm/vmm.h"
+
+/* Which VMs there are: making and destroying them. */
+
+static int vm_compare(struct vm *a, struct vm *b) {
+    return strcmp(a->id, b->id);
+}
+RB_GENERATE(vm_index, vm, by_id, vm_compare)
+
+#define VM_ID_LIMIT 63
+
+bool vm_id_is_valid(const char *id) {
+    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-";
+    size_t length = strspn(id, letters);
+    return length > 0 && length <= VM_ID_LIMIT && id[length] == '\0' && id[0] != '-';
+}
+
+struct vm *vm_find(struct daemon *d, const char *id) {
+    struct vm key = {.id = (char *)(uintptr_t)id};
+    return RB_FIND(vm_index, &d->vms, &key);
+}
+
+struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir) {
+    struct vm *vm = calloc(1, sizeof *vm);
+    if (!vm)
+        return NULL;
+    vm->daemon = d;
+    vm->refs = 1;
+    vm->number = number;
+    vm->state = VM_STOPPED;
+    vm->guest = &guest_linux;
+    list_init(&vm->state_waits);
+    list_init(&vm->end_waits);
+    clock_gettime(CLOCK_REALTIME, &vm->created);
+    vm->changed = vm->created;
+    vm->id = strdup(id);
+    vm->dir = strdup(dir);
+    vm->image = strdup(d->settings.image);
+    vm->vcpus = d->settings.vcpus;
+    vm->memory = d->settings.memory;
+    vm->vars = vars_new(vm);
+    vm->control = control_new(vm);
+    vm->commands = commands_new(vm);
+    vm->timer = malloc(sizeof *vm->timer);
+    if (!vm->id || !vm->dir || !vm->image || !vm->vars || !vm->control || !vm->commands ||
+        !vm->timer) {
+        control_free(vm->control);
+        commands_free(vm->commands);
+        free(vm->timer);
+        vm_unref(vm);
+        return NULL;
+    }
+    uv_timer_init(d->loop, vm->timer);
+    vm->timer->data = vm;
+    return vm;
+}
+
+void registry_add(struct daemon *d, struct vm *vm) {
+    RB_INSERT(vm_index, &d->vms, vm);
+}
+
+int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
+    cleanup_free char *dir = NULL;
+    if (!vm_id_is_valid(id))
+        return -ERR_INVALID;
+    if (vm_find(d, id))
+        return -ERR_EXISTS;
+    if (asprintf(&dir, "%s/vms/%s", d->settings.state_dir, id) < 0)
+        return -ERR_NO_MEMORY;
+    if (mkdir(dir, 0700) < 0) {
+        log_error("cannot make %s: %s", dir, strerror(errno));
+        return -errno;
+    }
+    struct vm *vm = vm_new(d, id, ++d->last_number, dir);
+    if (!vm) {
+        rmdir(dir);
+        return -ERR_NO_MEMORY;
+    }
+    registry_add(d, vm);
+    int r = vm_boot(vm);
+    if (r < 0) {
+        vm_destroy(vm, NULL);
+        return r;
+    }
+    *ret_vm = vm;
+    return 0;
+}
+
+/* Ends what belongs to the loop; the memory stays until the last reference is gone. */
+static void vm_shut(struct vm *vm) {
+    control_free(vm->control);
+    commands_free(vm->commands);
+    vm->control = NULL;
+    vm->commands = NULL;
+    uv_close((uv_handle_t *)vm->timer, (uv_close_cb)free);
+    vm->timer = NULL;
+}
+
+void vm_release(struct vm *vm) {
+    vm_disconnect(vm, -ERR_GONE, "vmsfs ends");
+    vm->gone = true;
+    vm->destroying = true; /* of its use here; nothing is removed */
+    if (vm->vmm)
+        vm->vmm->ops->release(vm->vmm);
+    vm->vmm = NULL;
+    vm_wait_wake(&vm->state_waits, -ERR_GONE);
+    vm_shut(vm);
+    vm_unref(vm);
+}
+
+/* Removes the VM's folder, in the thread pool. */
+struct vm_removal {
+    uv_work_t work;
+    struct vm *vm; /* a reference: the registry's, which ends with it */
+    char *dir;
+};
+
+static void vm_remove_files(uv_work_t *work) {
+    struct vm_removal *removal = work->data;
+    int r = fs_remove_all(removal->dir);
+    if (r < 0)
+        log_error("cannot remove %s: %s", removal->dir, strerror(-r));
+}
+
+static void vm_removed(uv_work_t *work, int status) {
+    struct vm_removal *removal = work->data;
+    struct vm *vm = removal->vm;
+    (void)status;
+    log_info("%s: gone", vm->id);
+    vm_shut(vm);
+    vm_wait_wake(&vm->end_waits, 0);
+    vm_unref(vm);
+    free(removal->dir);
+    free(removal);
+}
+
+void vm_destroy_step(struct vm *vm) {
+    if (!vm->gone || vm->vmm || vm->boot || vm->saving || vm->destroying)
+        return;
+    struct vm_removal *removal = calloc(1, sizeof *removal);
+    vm->destroying = true;
+    if (!removal || !(removal->dir = strdup(vm->dir))) {
+        log_error("%s: no memory to remove its files; the next start does", vm->id);
+        free(removal);
+        return;
+    }
+    removal->vm = vm;
+    removal->work.data = removal;
+    uv_queue_work(vm->daemon->loop, &removal->work, vm_remove_files, vm_removed);
+}
+
+void vm_destroy(struct vm *vm, struct vm_wait *wait) {
+    struct daemon *d = vm->daemon;
+    cleanup_free char *trash = NULL;
+    if (wait)
+        list_append(&vm->end_waits, &wait->link);
+    if (vm->gone)
+        return;
+    vm->gone = true;
+    if (vm_find(d, vm->id) == vm)
+        RB_REMOVE(vm_index, &d->vms, vm);
+
+    /* The id is free at once, for a new VM in a folder of its own. What a killed daemon leaves in the
+     * trash is cleared away by the next. */
+    if (asprintf(&trash, "%s/trash/%llu", d->settings.state_dir, (unsigned long long)vm->number) >= 0 &&
+        strcmp(trash, vm->dir) != 0 && rename(vm->dir, trash) == 0) {
+        free(vm->dir);
+        vm->dir = trash;
+        trash = NULL;
+    }
+    vm_disconnect(vm, -ERR_GONE, "the VM is gone");
+    vm_set_state(vm, VM_STOPPED);
+    if (vm->vmm)
+        vm->vmm->ops->kill(vm->vmm);
+    vm_destroy_step(vm);
+}

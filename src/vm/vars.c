@@ -1,0 +1,292 @@
+#include "vm/vars.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "guest/env_file.h"
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/log.h"
+#include "vm/control.h"
+#include "vm/vars_internal.h"
+
+static int var_compare(struct var *a, struct var *b) {
+    return strcmp(a->name, b->name);
+}
+RB_GENERATE(var_index, var, entry, var_compare)
+
+struct vars *vars_new(struct vm *vm) {
+    struct vars *vars = calloc(1, sizeof *vars);
+    if (!vars)
+        return NULL;
+    vars->vm = vm;
+    vars->last_number = VAR_FIRST_NUMBER;
+    RB_INIT(&vars->index);
+    list_init(&vars->queued);
+    list_init(&vars->refresh_waits);
+    clock_gettime(CLOCK_REALTIME, &vars->changed);
+    return vars;
+}
+
+static void var_free(struct var *var) {
+    free(var->name);
+    if (var->bytes) /* values may be secrets: they do not stay behind in free memory */
+        explicit_bzero(var->bytes, var->length);
+    free(var->bytes);
+    free(var);
+}
+
+void vars_free(struct vars *vars) {
+    struct var *var;
+    if (!vars)
+        return;
+    vars_fail_all(vars, -ERR_GONE);
+    while ((var = RB_MIN(var_index, &vars->index))) {
+        RB_REMOVE(var_index, &vars->index, var);
+        var_free(var);
+    }
+    buf_free(&vars->kept);
+    free(vars);
+}
+
+struct var_index *vars_index(struct vars *vars) {
+    return &vars->index;
+}
+
+const struct timespec *vars_changed(const struct vars *vars) {
+    return &vars->changed;
+}
+
+struct var *vars_find(struct vars *vars, const char *name) {
+    struct var key = {.name = (char *)(uintptr_t)name};
+    return RB_FIND(var_index, &vars->index, &key);
+}
+
+static struct var *vars_add(struct vars *vars, const char *name) {
+    struct var *var = calloc(1, sizeof *var);
+    if (!var)
+        return NULL;
+    var->name = strdup(name);
+    if (!var->name) {
+        free(var);
+        return NULL;
+    }
+    var->number = ++vars->last_number;
+    var->mode = 0600;
+    var->uid = vars->vm->daemon->uid;
+    var->gid = vars->vm->daemon->gid;
+    clock_gettime(CLOCK_REALTIME, &var->changed);
+    var->read = var->changed;
+    vars->changed = var->changed;
+    RB_INSERT(var_index, &vars->index, var);
+    return var;
+}
+
+/* A variable that is neither set nor being created has no place in the table. */
+static void vars_drop_unused(struct vars *vars, struct var *var) {
+    if (var->set || var->creating)
+        return;
+    RB_REMOVE(var_index, &vars->index, var);
+    var_free(var);
+    clock_gettime(CLOCK_REALTIME, &vars->changed);
+}
+
+struct var *vars_create(struct vars *vars, const char *name) {
+    struct var *var = vars_find(vars, name);
+    if (!var)
+        var = vars_add(vars, name);
+    if (var)
+        var->creating++;
+    return var;
+}
+
+void vars_uncreate(struct vars *vars, const char *name) {
+    struct var *var = vars_find(vars, name);
+    if (!var || !var->creating)
+        return;
+    var->creating--;
+    vars_drop_unused(vars, var);
+}
+
+int vars_set(struct vars *vars, const char *name, const char *bytes, size_t length) {
+    struct var *var = vars_find(vars, name);
+    char *copy = malloc(length + 1);
+    if (!var && copy)
+        var = vars_add(vars, name);
+    if (!var || !copy) {
+        free(copy);
+        return -ERR_NO_MEMORY;
+    }
+    if (length)
+        memcpy(copy, bytes, length);
+    copy[length] = '\0';
+    if (var->set)
+        vars->total -= strlen(name) + var->length;
+    else
+        clock_gettime(CLOCK_REALTIME, &vars->changed);
+    free(var->bytes);
+    var->bytes = copy;
+    var->length = length;
+    var->set = true;
+    vars->total += strlen(name) + length;
+    clock_gettime(CLOCK_REALTIME, &var->changed);
+    vars->generation++;
+    return 0;
+}
+
+void vars_unset(struct vars *vars, const char *name) {
+    struct var *var = vars_find(vars, name);
+    if (!var || !var->set)
+        return;
+    vars->total -= strlen(name) + var->length;
+    free(var->bytes);
+    var->bytes = NULL;
+    var->length = 0;
+    var->set = false;
+    vars->generation++;
+    vars_drop_unused(vars, var);
+}
+
+size_t var_value_length(const char *bytes, size_t length) {
+    return length > 0 && bytes[length - 1] == '\n' ? length - 1 : length;
+}
+
+/* What the guest's file says, while it is being read. */
+struct vars_reading {
+    struct vars *vars;
+    struct vars *seen; /* names only */
+    bool differs;
+};
+
+static int vars_read_one(void *arg, const struct env_var *line) {
+    struct vars_reading *reading = arg;
+    struct vars *vars = reading->vars;
+    cleanup_free char *name = strndup(line->name, line->name_length);
+    if (!name || vars_set(reading->seen, name, "", 0) < 0)
+        return -ERR_NO_MEMORY;
+
+    const struct var *var = vars_find(vars, name);
+    if (var && var->set && var_value_length(var->bytes, var->length) == line->length &&
+        memcmp(var->bytes, line->value, line->length) == 0)
+        return 0; /* the bytes that were written are still right */
+
+    cleanup_buf struct buf bytes = {0};
+    buf_append(&bytes, line->value, line->length);
+    buf_append_char(&bytes, '\n');
+    if (bytes.failed)
+        return -ERR_NO_MEMORY;
+    reading->differs = true;
+    return vars_set(vars, name, bytes.data, bytes.len);
+}
+
+int vars_learn(struct vars *vars, const char *text, size_t length) {
+    struct vars *seen = vars_new(vars->vm);
+    struct vars_reading reading = {.vars = vars, .seen = seen};
+    cleanup_buf struct buf kept = {0};
+    if (!seen)
+        return -ERR_NO_MEMORY;
+    int r = env_file_parse(text, length, vars_read_one, &reading, &kept);
+    if (r == 0) {
+        struct var *var, *next;
+        for (var = RB_MIN(var_index, &vars->index); var; var = next) {
+            next = RB_NEXT(var_index, &vars->index, var);
+            if (var->set && !vars_find(seen, var->name)) {
+                vars_unset(vars, var->name);
+                reading.differs = true;
+            }
+        }
+        buf_free(&vars->kept);
+        vars->kept = kept;
+        kept = (struct buf){0};
+    }
+    vars_free(seen);
+    if (reading.differs)
+        vm_save(vars->vm);
+    return r;
+}
+
+/* JSON strings are Unicode; what is no UTF-8 is recorded byte for byte as the characters U+0001 to U+00FF. */
+static json_t *vars_save_latin1(const char *bytes, size_t length) {
+    cleanup_buf struct buf text = {0};
+    for (size_t i = 0; i < length; i++) {
+        unsigned char c = (unsigned char)bytes[i];
+        if (c >= 0x80)
+            buf_append_char(&text, (char)(0xc0 | c >> 6));
+        buf_append_char(&text, (char)(c >= 0x80 ? 0x80 | (c & 0x3f) : c));
+    }
+    return text.failed ? NULL : json_stringn(text.data ? text.data : "", text.len);
+}
+
+static int vars_load_latin1(struct buf *out, const char *text, size_t length) {
+    for (size_t i = 0; i < length; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if (c < 0x80) {
+            buf_append_char(out, (char)c);
+        } else if ((c == 0xc2 || c == 0xc3) && i + 1 < length) {
+            buf_append_char(out, (char)((c & 3) << 6 | ((unsigned char)text[++i] & 0x3f)));
+        } else {
+            return -ERR_INVALID;
+        }
+    }
+    return out->failed;
+}
+
+static int vars_save_one(void *arg, const char *name, const char *bytes, size_t length) {
+    json_t *list = arg;
+    json_t *value = json_stringn(bytes, length);
+    const char *key = value ? "bytes" : "latin1";
+    if (!value)
+        value = vars_save_latin1(bytes, length);
+    json_t *one = json_pack("{s:s, s:o}", "name", name, key, value);
+    return json_array_append_new(list, one) < 0 ? -ERR_NO_MEMORY : 0;
+}
+
+json_t *vars_save(const struct vars *vars) {
+    json_t *list = json_array();
+    if (list && vars_walk(vars, vars_disk_batch(vars), vars_save_one, list) < 0) {
+        json_decref(list);
+        return NULL;
+    }
+    return list;
+}
+
+int vars_load(struct vars *vars, const json_t *saved) {
+    size_t i;
+    json_t *one;
+    json_array_foreach(saved, i, one) {
+        const json_t *name = json_object_get(one, "name");
+        const json_t *bytes = json_object_get(one, "bytes");
+        const json_t *latin1 = json_object_get(one, "latin1");
+        cleanup_buf struct buf value = {0};
+        if (!json_is_string(name) || !env_name_is_valid(json_string_value(name),
+                                                        json_string_length(name)))
+            return -ERR_INVALID;
+        if (json_is_string(bytes))
+            buf_append(&value, json_string_value(bytes), json_string_length(bytes));
+        else if (!json_is_string(latin1) ||
+                 vars_load_latin1(&value, json_string_value(latin1), json_string_length(latin1)) < 0)
+            return -ERR_INVALID;
+        if (value.len > VAR_LIMIT + 1 || (value.len && memchr(value.data, 0, value.len)))
+            return -ERR_INVALID;
+        int r = vars_set(vars, json_string_value(name), value.data ? value.data : "", value.len);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+void vars_describe(const struct vars *vars, json_t *info) {
+    json_object_set_new(info, "variables", json_integer((json_int_t)vars_count(vars)));
+    json_object_set_new(info, "env_commits", json_integer((json_int_t)vars->commits));
+    json_object_set_new(info, "env_updates", json_integer((json_int_t)vars->updates));
+}
+
+size_t vars_count(const struct vars *vars) {
+    struct var *var;
+    size_t count = 0;
+    struct var_index *index = (struct var_index *)(uintptr_t)&vars->index;
+    RB_FOREACH(var, var_index, index) {
+        count += var->set;
+    }
+    return count;
+}

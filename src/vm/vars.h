@@ -1,0 +1,95 @@
+#pragma once
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <time.h>
+#include <uv/tree.h>
+
+#include "util/buf.h"
+#include "vm/vm.h"
+
+/* The variables of one VM.
+ *
+ * What is in the table is what was acknowledged: the guest has it (running), or it is on the host's disk
+ * and goes in at boot (booting, stopped, failed). Changes go in as commits. While one update of the guest is under
+ * way, further commits gather and go together in the next (group commit); each has its own verdict.
+ *
+ * A variable keeps the bytes that were written. Its value is those without one trailing newline. */
+
+#define VAR_LIMIT 131072      /* bytes of a value with its key */
+#define VARS_LIMIT (1 << 20)  /* bytes of all values with their keys */
+#define VAR_FRESH_MS 1000     /* how long what was learned from the guest is taken as true */
+
+struct var {
+    RB_ENTRY(var) entry;
+    char *name;
+    char *bytes; /* as written; never NULL when set */
+    size_t length;
+    bool set;          /* the variable exists; else it is only being created */
+    unsigned creating; /* handles that have created it and not yet written */
+    unsigned truncated; /* handles whose truncation is pending: it reads as empty */
+    uint64_t number;    /* for its inode number */
+    mode_t mode;        /* permission bits */
+    uid_t uid;
+    gid_t gid;
+    struct timespec changed;
+    struct timespec read; /* atime, as set by utimes */
+};
+
+RB_HEAD(var_index, var);
+RB_PROTOTYPE(var_index, var, entry, var_compare)
+
+struct vars *vars_new(struct vm *vm);
+void vars_free(struct vars *vars);
+
+struct var_index *vars_index(struct vars *vars);
+
+/* When a variable last came, changed or went. */
+const struct timespec *vars_changed(const struct vars *vars);
+
+/* The variable, if it is set or being created. */
+struct var *vars_find(struct vars *vars, const char *name);
+
+/* A name for a variable that is being created; it shows until vars_uncreate(). NULL: no memory or too many. */
+struct var *vars_create(struct vars *vars, const char *name);
+void vars_uncreate(struct vars *vars, const char *name);
+
+/* One change of a commit. */
+struct var_change {
+    const char *name;
+    const char *bytes; /* NULL: unset */
+    size_t length;
+};
+
+/* Checks and takes a set of changes that take effect together or not at all (bytes are copied). `wait` is told the verdict.
+ * -ERR_… and no wait for what is refused at once: -ERR_INVALID (a NUL byte, a name), -ERR_TOO_LARGE,
+ * -ERR_NO_ROOM, -ERR_BUSY, -ERR_UNREACHABLE. A cancelled wait leaves the commit to take its course. */
+int vars_commit(struct vars *vars, const struct var_change *changes, size_t count,
+                struct vm_wait *wait);
+
+/* Makes sure that what is known is not older than VAR_FRESH_MS. 1: it is, no wait needed; 0: `wait` is told
+ * when it is; else -ERR_…. */
+int vars_refresh(struct vars *vars, struct vm_wait *wait);
+
+/* For a new boot: the guest's file as it goes into the boot; remembers what went in. */
+int vars_inject(struct vars *vars, struct buf *out);
+
+/* The guest answers after a boot (fresh: it has what vars_inject() gave) or after a lost connection: brings
+ * both sides together; `done` when they are. */
+void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status));
+
+/* No answer can come any more: every commit under way fails with `status`. */
+void vars_detach(struct vars *vars, int status);
+
+/* For the VM's record. */
+json_t *vars_save(const struct vars *vars);
+int vars_load(struct vars *vars, const json_t *saved);
+/* Is there a batch whose verdict is that of the record's next writing? Then that calls vars_saved(). */
+bool vars_wants_saving(const struct vars *vars);
+void vars_saved(struct vars *vars, int status);
+
+/* Counters for `info`. */
+void vars_describe(const struct vars *vars, json_t *info);

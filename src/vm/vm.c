@@ -1,0 +1,396 @@
+#include "vm/vm.h"
+
+#include <arpa/inet.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ssh/ssh.h"
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/log.h"
+#include "vm/boot.h"
+#include "vm/command.h"
+#include "vm/control.h"
+#include "vm/target.h"
+#include "vm/vars.h"
+#include "vmm/vmm.h"
+
+/* The life of a VM: booting, running, stopping, and what goes wrong. */
+
+/* The steps of a stop: the guest's own power-down, the VMM's quitting, SIGKILL. */
+#define VM_POWERDOWN_MS 10000
+#define VM_QUIT_MS 2000
+
+/* From connect() to the server's first line: short, because a connection that came before the guest's
+ * network was up is answered late. */
+#define VM_BANNER_MS 1500
+
+static const char *const vm_state_names[] = {
+    [VM_BOOTING] = "booting",   [VM_RUNNING] = "running",         [VM_STOPPING] = "stopping",
+    [VM_STOPPED] = "stopped",   [VM_UNREACHABLE] = "unreachable", [VM_FAILED] = "failed",
+};
+#define VM_STATES (sizeof vm_state_names / sizeof *vm_state_names)
+
+const char *vm_state_name(enum vm_state state) {
+    return vm_state_names[state];
+}
+
+int vm_state_from_name(const char *name, size_t length) {
+    for (size_t i = 0; i < VM_STATES; i++)
+        if (strlen(vm_state_names[i]) == length && memcmp(vm_state_names[i], name, length) == 0)
+            return (int)i;
+    return -1;
+}
+
+void vm_wait_cancel(struct vm_wait *wait) {
+    list_remove(&wait->link);
+}
+
+void vm_wait_wake(struct list *waits, int status) {
+    struct list woken, *link;
+    list_init(&woken);
+    list_splice(&woken, waits); /* who waits again is not woken again */
+    while ((link = list_pop(&woken))) {
+        struct vm_wait *wait = LIST_OWNER(link, struct vm_wait, link);
+        wait->done(wait, status);
+    }
+}
+
+struct vm *vm_ref(struct vm *vm) {
+    vm->refs++;
+    return vm;
+}
+
+void vm_unref(struct vm *vm) {
+    if (--vm->refs > 0)
+        return;
+    vars_free(vm->vars);
+    buf_free(&vm->error);
+    buf_free(&vm->host_key);
+    free(vm->id);
+    free(vm->dir);
+    free(vm->image);
+    free(vm->user);
+    free(vm);
+}
+
+void vm_set_error(struct vm *vm, struct buf *text) {
+    buf_free(&vm->error);
+    vm->error = *text;
+    *text = (struct buf){0};
+    while (vm->error.len && vm->error.data[vm->error.len - 1] == '\n')
+        vm->error.data[--vm->error.len] = '\0';
+    buf_append_char(&vm->error, '\n');
+    clock_gettime(CLOCK_REALTIME, &vm->error_time);
+}
+
+int vm_fail(struct vm *vm, int status, const char *format, ...) {
+    struct buf text = {0};
+    va_list args;
+    va_start(args, format);
+    buf_vprintf(&text, format, args);
+    va_end(args);
+    log_warn("%s: %s", vm->id, text.failed ? "out of memory" : text.data);
+    vm_set_error(vm, &text);
+    return status;
+}
+
+/* Tells those who wait for a state whether this is it, or whether it cannot come any more. */
+static void vm_settle(struct vm *vm) {
+    struct list waits, *link;
+    list_init(&waits);
+    list_splice(&waits, &vm->state_waits);
+    while ((link = list_pop(&waits))) {
+        struct vm_wait *wait = LIST_OWNER(link, struct vm_wait, link);
+        bool over = vm->gone || vm->state == VM_FAILED || vm->state == VM_STOPPED;
+        if ((int)vm->state == wait->goal && !vm->gone)
+            wait->done(wait, 0);
+        else if (over)
+            wait->done(wait, -ERR_GONE);
+        else
+            list_append(&vm->state_waits, &wait->link);
+    }
+}
+
+void vm_set_state(struct vm *vm, enum vm_state state) {
+    if (vm->state != state) {
+        log_info("%s: %s", vm->id, vm_state_name(state));
+        vm->state = state;
+        clock_gettime(CLOCK_REALTIME, &vm->changed);
+        if (!vm->gone)
+            vm_save(vm);
+    }
+    vm_settle(vm);
+}
+
+int vm_check_running(const struct vm *vm) {
+    struct vm *v = (struct vm *)(uintptr_t)vm; /* its words may change */
+    if (vm->gone)
+        return -ERR_GONE;
+    switch (vm->state) {
+    case VM_RUNNING:
+        return 0;
+    case VM_UNREACHABLE:
+        return -ERR_UNREACHABLE; /* `error` says since when and why */
+    case VM_BOOTING:
+        return vm_fail(v, -ERR_BUSY, "%s is booting: `echo running > status` waits until it runs",
+                       vm->id);
+    case VM_STOPPING:
+    case VM_STOPPED:
+        return vm_fail(v, -ERR_BUSY, "%s is %s: `echo running > status` starts it", vm->id,
+                       vm_state_name(vm->state));
+    case VM_FAILED:
+        return -ERR_GONE;
+    }
+    return -ERR_IO;
+}
+
+bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
+    const struct settings *settings = &vm->daemon->settings;
+    struct vmm_endpoint endpoint;
+    if (!vm->vmm || !vm->user || !vm->host_key.len || !vm->vmm->ops->endpoint(vm->vmm, &endpoint))
+        return false;
+    *ret_target = (struct ssh_target){
+        .address = endpoint.address,
+        .address_length = endpoint.length,
+        .user = vm->user,
+        .key_path = vm->daemon->key_path,
+        .host_key = (const uint8_t *)vm->host_key.data,
+        .host_key_length = vm->host_key.len,
+        .banner_timeout = settings->timeout < VM_BANNER_MS ? settings->timeout : VM_BANNER_MS,
+        .timeout = settings->timeout,
+    };
+    return true;
+}
+
+/* The variables of guest and host agree: the guest is ready. */
+static void vm_attached(struct vm *vm, int status) {
+    if (vm->gone)
+        return;
+    if (status < 0) {
+        /* A lost connection is tried again; what the guest refuses will be refused again. */
+        if (status == -ERR_UNREACHABLE || status == -ERR_TIMED_OUT)
+            return;
+        if (vm->state == VM_BOOTING)
+            vm->vmm->ops->kill(vm->vmm);
+        return;
+    }
+    if (vm->state == VM_BOOTING && !vm->attached)
+        vm->booted_ms = uv_now(vm->daemon->loop) - vm->boot_started;
+    vm->attached = true;
+    uv_timer_stop(vm->timer);
+    commands_start(vm->commands);
+    vm_set_state(vm, VM_RUNNING);
+}
+
+void vm_guest_up(struct vm *vm) {
+    if (vm->gone || (vm->state != VM_BOOTING && vm->state != VM_UNREACHABLE))
+        return;
+    vars_attach(vm->vars, !vm->attached, vm_attached);
+}
+
+void vm_guest_lost(struct vm *vm, int status, const char *why) {
+    vars_detach(vm->vars, status);
+    if (vm->gone || vm->state != VM_RUNNING)
+        return;
+    vm_fail(vm, status, "%s does not answer: %s; it is tried again", vm->id, why);
+    vm_set_state(vm, VM_UNREACHABLE);
+    commands_stop(vm->commands, status, why);
+}
+
+void vm_disconnect(struct vm *vm, int status, const char *why) {
+    uv_timer_stop(vm->timer);
+    vars_detach(vm->vars, status); /* first, so that nothing of it is sent anew */
+    control_stop(vm->control, status);
+    commands_stop(vm->commands, status, why);
+}
+
+static void vm_vmm_ready(void *arg) {
+    struct vm *vm = arg;
+    vm_save(vm);
+    control_start(vm->control);
+}
+
+static void vm_vmm_exited(void *arg, const char *why) {
+    struct vm *vm = arg;
+    enum vm_state was = vm->state;
+    vm->vmm->ops->release(vm->vmm);
+    vm->vmm = NULL;
+    vm->attached = false;
+    if (!vm->gone) {
+        if (was == VM_FAILED || was == VM_STOPPED) {
+            log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
+        } else if (was == VM_STOPPING) {
+            vm_disconnect(vm, -ERR_GONE, "the VM was stopped");
+            vm_set_state(vm, VM_STOPPED);
+        } else {
+            if (was == VM_BOOTING)
+                vm_fail(vm, -ERR_GONE, "%s did not boot: %s; see its console", vm->id, why);
+            else
+                vm_fail(vm, -ERR_GONE,
+                        "%s has ended: %s; `echo running > status` starts it again", vm->id, why);
+            vm_disconnect(vm, -ERR_GONE, why);
+            vm_set_state(vm, VM_FAILED);
+        }
+    }
+    vm_destroy_step(vm);
+}
+
+const struct vmm_events vm_vmm_events = {.ready = vm_vmm_ready, .exited = vm_vmm_exited};
+
+/* The end of a boot that did not come to anything. */
+static void vm_boot_failed(struct vm *vm) {
+    vm_disconnect(vm, -ERR_GONE, "the boot failed");
+    if (vm->vmm)
+        vm->vmm->ops->kill(vm->vmm); /* exited() follows */
+    vm_set_state(vm, VM_FAILED);
+}
+
+static void vm_boot_overdue(uv_timer_t *timer) {
+    struct vm *vm = timer->data;
+    vm_fail(vm, -ERR_TIMED_OUT,
+            "%s could not be reached by SSH within %u s of its boot; see its console, or give it more "
+            "time with -o boot_timeout=SECONDS",
+            vm->id, vm->daemon->settings.boot_timeout / 1000);
+    vm_boot_failed(vm);
+}
+
+static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
+    const struct settings *settings = &vm->daemon->settings;
+    cleanup_buf struct buf socket = {0}, boot_args = {0};
+    if (vm->gone) {
+        vm_destroy_step(vm);
+        return;
+    }
+    if (vm->state != VM_BOOTING)
+        return;
+    if (result->status < 0) {
+        vm_fail(vm, result->status, "%s cannot boot: %s", vm->id, result->why ? result->why : "");
+        vm_boot_failed(vm);
+        return;
+    }
+    free(vm->user);
+    vm->user = result->image.user;
+    result->image.user = NULL;
+    buf_free(&vm->host_key);
+    vm->host_key = result->host_key;
+    result->host_key = (struct buf){0};
+
+    buf_printf(&socket, "%s/%llu.qmp", settings->runtime_dir, (unsigned long long)vm->number);
+    buf_printf(&boot_args, "%s%s", result->image.boot_args, settings->verbose_boot ? "" : " quiet");
+    struct vmm_config config = {
+        .id = vm->id,
+        .dir = vm->dir,
+        .socket = socket.data,
+        .kernel = result->image.kernel,
+        .initrd = result->initrd,
+        .boot_args = boot_args.data,
+        .vcpus = vm->vcpus ? vm->vcpus : result->image.vcpus,
+        .memory = vm->memory ? vm->memory : result->image.memory,
+    };
+    int r = socket.failed || boot_args.failed
+                ? -ERR_NO_MEMORY
+                : vm->daemon->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
+    if (r < 0) {
+        vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->daemon->backend->name,
+                strerror(-r));
+        vm_boot_failed(vm);
+        return;
+    }
+    vm_save(vm);
+}
+
+int vm_boot(struct vm *vm) {
+    vm->attached = false;
+    vm->boot_started = uv_now(vm->daemon->loop);
+    int r = boot_prepare(vm, vm_boot_prepared);
+    if (r < 0)
+        return r;
+    uv_timer_start(vm->timer, vm_boot_overdue, vm->daemon->settings.boot_timeout, 0);
+    vm_set_state(vm, VM_BOOTING);
+    return 0;
+}
+
+static int vm_start(struct vm *vm) {
+    /* After a boot that failed, its VMM or its preparation may not have ended yet. */
+    if (vm->vmm || vm->boot)
+        return vm_fail(vm, -ERR_BUSY, "%s: the last boot is still being cleared away", vm->id);
+    return vm_boot(vm);
+}
+
+static int vm_stop(struct vm *vm) {
+    if (!vm->vmm) { /* being prepared, or failed */
+        uv_timer_stop(vm->timer);
+        vm_set_state(vm, VM_STOPPED);
+        return 0;
+    }
+    uv_timer_stop(vm->timer);
+    vm_set_state(vm, VM_STOPPING);
+    vm->vmm->ops->stop(vm->vmm, VM_POWERDOWN_MS, VM_QUIT_MS);
+    return 0;
+}
+
+int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait) {
+    int r = 0;
+    if (vm->gone)
+        return -ERR_GONE;
+    if (state == VM_RUNNING && vm->state == VM_STOPPING)
+        return vm_fail(vm, -ERR_BUSY, "%s is stopping: start it when it has stopped", vm->id);
+    if (state == VM_RUNNING && (vm->state == VM_STOPPED || vm->state == VM_FAILED))
+        r = vm_start(vm);
+    else if (state == VM_STOPPED && vm->state != VM_STOPPED && vm->state != VM_STOPPING)
+        r = vm_stop(vm);
+    if (r < 0)
+        return r;
+    wait->goal = (int)state;
+    list_append(&vm->state_waits, &wait->link);
+    vm_settle(vm);
+    return 0;
+}
+
+json_t *vm_info(const struct vm *vm) {
+    json_t *info = json_object();
+    json_object_set_new(info, "id", json_string(vm->id));
+    json_object_set_new(info, "state", json_string(vm_state_name(vm->state)));
+    json_object_set_new(info, "backend", json_string(vm->daemon->backend->name));
+    json_object_set_new(info, "backend_note",
+                        json_string(vm->daemon->backend_note ? vm->daemon->backend_note : ""));
+    json_object_set_new(info, "image", json_string(vm->image));
+    json_object_set_new(info, "user", vm->user ? json_string(vm->user) : json_null());
+    json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
+    json_object_set_new(info, "booted_ms",
+                        vm->booted_ms ? json_integer((json_int_t)vm->booted_ms) : json_null());
+    if (vm->vmm)
+        vm->vmm->ops->describe(vm->vmm, info);
+    vars_describe(vm->vars, info);
+    if (vm->commands)
+        commands_describe(vm->commands, info);
+    json_object_set_new(info, "daemon",
+                        json_pack("{s:i, s:s, s:I}", "pid", getpid(), "version", VMSFS_VERSION,
+                                  "requests", (json_int_t)vm->daemon->requests));
+    return info;
+}
+
+bool vm_ssh_config(const struct vm *vm, struct buf *out) {
+    struct ssh_target target;
+    char host[INET6_ADDRSTRLEN] = "";
+    if (!vm_target(vm, &target) || target.address.ss_family != AF_INET)
+        return false;
+    const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)&target.address;
+    inet_ntop(AF_INET, &in->sin_addr, host, sizeof host);
+    buf_printf(out,
+               "Host %s\n"
+               "    HostName %s\n"
+               "    Port %u\n"
+               "    User %s\n"
+               "    HostKeyAlias %s\n"
+               "    IdentityFile \"%s\"\n"
+               "    IdentitiesOnly yes\n"
+               "    UserKnownHostsFile \"%s/known_hosts\"\n"
+               "    StrictHostKeyChecking yes\n"
+               "    LogLevel ERROR\n",
+               vm->id, host, ntohs(in->sin_port), vm->user, vm->id, vm->daemon->key_path, vm->dir);
+    return !out->failed;
+}

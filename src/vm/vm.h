@@ -1,0 +1,145 @@
+#pragma once
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "util/buf.h"
+#include "util/list.h"
+#include "vm/daemon.h"
+
+/* A virtual machine: its life (this file), its variables (vm/vars.h), its commands (vm/command.h).
+ *
+ *            create                SSH answers, variables are in
+ *     (none) ------> booting ------------------------------> running
+ *                      |   ^                                 |  ^   |
+ *          deadline,   |   | start            no answer,     |  |   | stop
+ *          VMM died    v   |                  connection lost v  |   v
+ *                    failed  <--- VMM died --- unreachable ---'  stopping ---> stopped
+ *
+ * Everything that getattr and readdir need is here, in memory. */
+
+enum vm_state {
+    VM_BOOTING,
+    VM_RUNNING,
+    VM_STOPPING,
+    VM_STOPPED,
+    VM_UNREACHABLE,
+    VM_FAILED,
+};
+
+const char *vm_state_name(enum vm_state state);
+/* -1 for a name that is none. */
+int vm_state_from_name(const char *name, size_t length);
+
+/* Somebody who waits for an answer. done() is called exactly once, unless vm_wait_cancel() comes first. It may be
+ * called from inside the function that was given the wait. */
+struct vm_wait {
+    struct list link;
+    int goal; /* of vm_want(): the state that is waited for */
+    void (*done)(struct vm_wait *wait, int status);
+};
+void vm_wait_cancel(struct vm_wait *wait);
+/* Answers all who are in the list. */
+void vm_wait_wake(struct list *waits, int status);
+
+struct vm {
+    struct daemon *daemon;
+    RB_ENTRY(vm) by_id;
+    char *id;
+    uint64_t number; /* unique in the state directory: the base of inode numbers */
+    unsigned refs;   /* the registry's, one a node, one a command */
+    bool gone;       /* destroyed: what still holds it answers -ERR_GONE */
+
+    enum vm_state state;
+    struct list state_waits; /* of vm_wait: woken at each change of state */
+    struct timespec created, changed;
+    uint64_t boot_started; /* ms, of uv_now() */
+    uint64_t booted_ms;    /* how long the last boot took; 0: never booted */
+    struct buf error;      /* the newest failure, a sentence with a newline */
+    struct timespec error_time;
+
+    char *dir;    /* its folder in the state directory */
+    char *image;  /* as configured */
+    unsigned vcpus, memory; /* as configured; 0: what the image says */
+    struct vm_boot *boot;   /* preparation under way (vm/boot.c), or NULL */
+    struct buf host_key;    /* public key blob that the guest must show */
+    char *user;             /* whom to log in as; of the image */
+
+    const struct guest_ops *guest;
+    struct vmm *vmm; /* NULL when nothing runs */
+    struct vars *vars;
+    struct control *control;   /* resident shell */
+    struct commands *commands; /* runs commands in the guest */
+
+    uv_timer_t *timer;     /* boot deadline */
+    bool destroying;       /* rmdir has begun */
+    bool attached;         /* the guest of this boot has been heard: its file is the truth */
+    bool saving, save_again;
+    struct list end_waits; /* of vm_wait: woken when destroyed */
+};
+
+/* [A-Za-z0-9][A-Za-z0-9-]{0,62} */
+bool vm_id_is_valid(const char *id);
+
+RB_PROTOTYPE(vm_index, vm, by_id, vm_compare)
+
+struct vm *vm_find(struct daemon *d, const char *id);
+
+/* Reserves the id, records the VM on disk and starts the boot; returns before anything of that is done but the
+ * first. -ERR_INVALID, -ERR_EXISTS, -ERR_NO_ROOM, … */
+int vm_create(struct daemon *d, const char *id, struct vm **ret_vm);
+
+/* Removes the VM from the tree at once, ends its VMM, deletes its files; `wait` (may be NULL) is told when nothing
+ * is left. Works in every state and never fails. */
+void vm_destroy(struct vm *vm, struct vm_wait *wait);
+
+/* Asks for `running` or `stopped`. `wait` is told when it is so, or why it will not be. -ERR_… and
+ * no wait when that cannot be asked for in this state. */
+int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait);
+
+/* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6). */
+int vm_check_running(const struct vm *vm);
+
+struct vm *vm_ref(struct vm *vm);
+void vm_unref(struct vm *vm);
+
+/* Leaves a sentence for the user in `error` and the log. Returns `status`, for `return vm_fail(…)`. */
+int vm_fail(struct vm *vm, int status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* The same without the log, for what may hold secrets; takes the text over. */
+void vm_set_error(struct vm *vm, struct buf *text);
+
+/* The guest was heard from, or is not answering: from control and commands. */
+void vm_guest_up(struct vm *vm);
+void vm_guest_lost(struct vm *vm, int status, const char *why);
+
+/* `info`: one JSON object; the caller owns it. */
+json_t *vm_info(const struct vm *vm);
+
+/* `ssh_config`: false while there is no address. */
+bool vm_ssh_config(const struct vm *vm, struct buf *out);
+
+/* Writes the VM's record (vm.json) soon, off the loop. */
+void vm_save(struct vm *vm);
+
+/* Private to the VM layer. */
+
+/* A VM that is nowhere yet, with one reference. `dir` is its folder. */
+struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir);
+int vm_boot(struct vm *vm);
+void vm_set_state(struct vm *vm, enum vm_state state);
+/* Ends all that talks to the guest. */
+void vm_disconnect(struct vm *vm, int status, const char *why);
+void registry_add(struct daemon *d, struct vm *vm);
+/* Lets go of a VM that goes on running without this daemon. */
+void vm_release(struct vm *vm);
+/* Goes on with a destruction when something that it waits for has ended. */
+void vm_destroy_step(struct vm *vm);
+/* Brings back what is recorded in `dir`. NULL: there is no readable record. */
+struct vm *vm_load(struct daemon *d, const char *dir);
+/* The VMM's configuration for its next boot, or for adopting it; strings borrowed. */
+struct vmm_config;
+extern const struct vmm_events vm_vmm_events;

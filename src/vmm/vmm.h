@@ -1,0 +1,97 @@
+#pragma once
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <sys/socket.h>
+#include <uv.h>
+
+/* Virtual machine monitors behind one table of operations (design, section 6: "Backends").
+ *
+ * A `struct vmm` is one instance: one VM in one VMM. The VM layer owns it, from create() or adopt() to
+ * release(). All functions are called in the loop's thread and never block; callbacks are never called
+ * from inside the function that caused them. */
+
+struct vmm;
+
+/* What to boot. Borrowed for the call of create(). Paths are absolute. */
+struct vmm_config {
+    const char *id;        /* the VM's name */
+    const char *dir;       /* the VM's private folder (0700): `serial.log`, `vmm.log` go here */
+    const char *socket;    /* path for the VMM's control socket, 107 bytes at most; owned by the VMM
+                              instance, which unlinks it at the end */
+    const char *kernel;    /* Linux image */
+    const char *initrd;    /* NULL: none */
+    const char *boot_args; /* kernel command line */
+    unsigned vcpus;
+    unsigned memory; /* MiB */
+};
+
+/* What a VMM tells. `arg` is the caller's of create() or adopt(). */
+struct vmm_events {
+    /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
+    void (*ready)(void *arg);
+    /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not released
+     * before. `why` is a sentence for the user, with the VMM's own last words where there are some. */
+    void (*exited)(void *arg, const char *why);
+};
+
+/* Where the guest's SSH server is reached. */
+struct vmm_endpoint {
+    struct sockaddr_storage address;
+    socklen_t length;
+};
+
+typedef void vmm_done(void *arg, int status, const char *why);
+
+struct vmm_ops {
+    const char *name; /* as in `config/backend` */
+
+    /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names what is
+     * missing and the remedy (the caller frees it; also set on success, to say what was found, such as
+     * "QEMU 7.2 without KVM"). Synchronous; called before anything is mounted. */
+    int (*check)(char **ret_why);
+
+    /* Spawns the VMM for a new boot of the guest. Errors that are known at once come back as -errno. */
+    int (*create)(uv_loop_t *loop, const struct vmm_config *config, const struct vmm_events *events,
+                  void *arg, struct vmm **ret_vmm);
+
+    /* Takes over a VMM that an earlier daemon left running, from what save() gave. -ESRCH when that
+     * process is gone (the pid may have been given to another: the start time is compared). */
+    int (*adopt)(uv_loop_t *loop, const struct vmm_config *config, const json_t *saved,
+                 const struct vmm_events *events, void *arg, struct vmm **ret_vmm);
+
+    /* What a later daemon needs for adopt(); the caller owns it. NULL while there is nothing to adopt. */
+    json_t *(*save)(const struct vmm *vmm);
+
+    /* Asks the guest to power down; after `powerdown_ms` the VMM to quit; after `quit_ms` more it is
+     * killed. The end is told by exited(). Calling it again, or kill() later, is allowed. */
+    void (*stop)(struct vmm *vmm, unsigned powerdown_ms, unsigned quit_ms);
+
+    /* SIGKILL, now. The end is told by exited(). */
+    void (*kill)(struct vmm *vmm);
+
+    /* Stop and go on with the guest's CPUs. `done` is called exactly once, unless released before. */
+    void (*pause)(struct vmm *vmm, vmm_done *done, void *arg);
+    void (*resume)(struct vmm *vmm, vmm_done *done, void *arg);
+
+    /* Where SSH is; false as long as that is not known. */
+    bool (*endpoint)(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint);
+
+    /* Adds what a user may want to know to `info` (pid, accelerator, …). */
+    void (*describe)(const struct vmm *vmm, json_t *info);
+
+    /* Lets go of the instance: no callback comes after this. A VMM that runs goes on running, for a
+     * later daemon to adopt. May be called from inside a callback. */
+    void (*release)(struct vmm *vmm);
+};
+
+/* Every instance starts with this, so that whoever holds one finds its operations. */
+struct vmm {
+    const struct vmm_ops *ops;
+};
+
+/* The backend called `name`; "auto" is the first that works here. -EINVAL for a name that is none,
+ * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). */
+int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
+
+extern const struct vmm_ops qemu_ops;
