@@ -268,6 +268,17 @@ static void ops_dir_free(struct ops_dir *dir) {
     free(dir);
 }
 
+/* Every directory begins with itself and the one above. */
+static int ops_dir_start(const struct node *node, struct node_list *list) {
+    struct node_stat self, above;
+    node->ops->stat(node, &self);
+    above = self;
+    if (node->parent)
+        node->parent->ops->stat(node->parent, &above);
+    int r = node_list_add(list, ".", S_IFDIR, self.st.st_ino);
+    return r < 0 ? r : node_list_add(list, "..", S_IFDIR, above.st.st_ino);
+}
+
 static void ops_opendir(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file) {
     struct node *node = ops_node(req, id);
     if (!node)
@@ -278,7 +289,11 @@ static void ops_opendir(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *fi
         return;
     }
     ops_channel(req)->daemon->requests++;
-    int r = node->ops->list ? node->ops->list(node, &dir->list) : -ERR_NOT_A_DIRECTORY;
+    int r = -ERR_NOT_A_DIRECTORY;
+    if (node->ops->list)
+        r = ops_dir_start(node, &dir->list);
+    if (r == 0)
+        r = node->ops->list(node, &dir->list);
     if (r < 0) {
         node_list_free(&dir->list);
         free(dir);
@@ -307,6 +322,9 @@ static size_t ops_dir_add(fuse_req_t req, struct ops_dir *dir, size_t at, bool p
     if (need > room)
         return need;
     struct node *node;
+    /* The kernel does not take "." and ".." for looked up (fuse(4), READDIRPLUS). */
+    if (name->name[0] == '.' && (!name->name[1] || strcmp(name->name, "..") == 0))
+        return fuse_add_direntry_plus(req, out, room, name->name, &entry, next);
     if (dir->node->ops->lookup(dir->node, name->name, &node) == 0) {
         inode_lookup(channel, node);
         node_to_entry(node, &entry);

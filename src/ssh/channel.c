@@ -192,14 +192,16 @@ static void channel_step_write(struct ssh_channel *channel) {
     }
 }
 
-/* Reads one stream (0 stdout, 1 stderr) until it is empty, the channel is paused or `budget` is
- * used. */
+/* The length asked for is always the same: after an EAGAIN libssh2 1.10 repeats a window adjustment
+ * with the old number but counts the one it would compute now, and drops what comes above its
+ * count. Reads one stream (0 stdout, 1 stderr) until it is empty, the channel is paused or `budget`
+ * is used. */
 static void channel_read_stream(struct ssh_channel *channel, int stream, size_t *budget) {
     struct ssh_session *session = channel->session;
     while (!channel->paused && *budget) {
-        size_t length = *budget < sizeof channel_output ? *budget : sizeof channel_output;
-        ssize_t n = libssh2_channel_read_ex(
-            channel->wire->raw, stream ? SSH_EXTENDED_DATA_STDERR : 0, channel_output, length);
+        ssize_t n =
+            libssh2_channel_read_ex(channel->wire->raw, stream ? SSH_EXTENDED_DATA_STDERR : 0,
+                                    channel_output, sizeof channel_output);
         if (n <= 0) {
             if (n < 0 && n != LIBSSH2_ERROR_EAGAIN)
                 session->transport.broken = (int)n;
@@ -207,7 +209,7 @@ static void channel_read_stream(struct ssh_channel *channel, int stream, size_t 
                 channel->unread[stream] = 0;
             return;
         }
-        *budget -= (size_t)n;
+        *budget -= (size_t)n < *budget ? (size_t)n : *budget;
         channel->unread[stream] -=
             (size_t)n < channel->unread[stream] ? (size_t)n : channel->unread[stream];
         channel->events.data(channel->arg, stream + 1, channel_output, (size_t)n);

@@ -38,7 +38,7 @@
 struct wire {
     struct list link; /* in transport.wires */
     LIBSSH2_CHANNEL *raw;
-    struct ssh_channel *channel; /* NULL: opened in advance, or closing */
+    struct ssh_channel *channel; /* NULL: closing */
     uint32_t id;                 /* ours, as the server names it; see transport_free_memory() */
     bool id_known;
     bool exit_arrived;
@@ -110,8 +110,6 @@ struct ssh_session {
     enum session_opening opening; /* the one CHANNEL_OPEN that may be under way */
     uint64_t asked;               /* loop time of a question not yet answered; 0: none */
     bool probe_wanted;
-    bool standby_wanted;        /* keep one channel open in advance */
-    bool standby_refused;       /* until another channel ends */
     bool gave_channel;          /* the server has once opened one */
     bool busy;                  /* inside session_pump() or the timer: freeing waits */
     bool gone;                  /* closed by the owner */
@@ -144,7 +142,6 @@ struct ssh_channel {
 };
 
 /* session.c */
-void session_set_standby(struct ssh_session *session, bool wanted);
 void session_schedule(struct ssh_session *session);
 /* Channels that the server holds or is to hold for us: queued, open, and closing. */
 unsigned session_load(const struct ssh_session *session);

@@ -29,6 +29,7 @@ struct ssh_pool {
     struct list members;
     struct list channels; /* every channel of the pool that is not over */
     struct list waiting;  /* those that no session has, oldest first */
+    bool fragile;         /* one channel a connection: see member_on_up() */
     uint64_t retry_at;    /* no new connection before, while others are up */
     bool closing;
 };
@@ -52,7 +53,9 @@ static bool pool_is_up(const struct ssh_pool *pool) {
 }
 
 static unsigned member_limit(const struct pool_member *member) {
-    return uv_now(member->pool->loop) < member->limit_until ? member->limit : SESSION_CHANNELS;
+    if (uv_now(member->pool->loop) < member->limit_until)
+        return member->limit;
+    return member->pool->fragile ? 1 : SESSION_CHANNELS;
 }
 
 static void member_remove(struct pool_member *member) {
@@ -61,10 +64,31 @@ static void member_remove(struct pool_member *member) {
     free(member);
 }
 
+static void pool_wait(struct ssh_pool *pool, struct ssh_channel *channel) {
+    channel->session = NULL;
+    list_remove(&channel->link);
+    list_append(&pool->waiting, &channel->link);
+    pool_schedule(pool, 0);
+}
+
+/* Dropbear from 2022.82 until 2025.87 closes a channel that has no command yet when the command of
+ * another channel of the connection ends, and drops the whole connection when a command comes after
+ * that (https://github.com/mkj/dropbear/issues/321). */
+static bool member_is_fragile(const struct pool_member *member) {
+    const char *banner = libssh2_session_banner_get(member->session->transport.ssh);
+    const char *name = banner ? strstr(banner, "dropbear") : NULL;
+    return name && (strncmp(name, "dropbear_", 9) != 0 || atoi(name + 9) < 2025);
+}
+
 static void member_on_up(void *arg) {
     struct pool_member *member = arg;
+    struct ssh_pool *pool = member->pool;
+    struct list *queued = &member->session->queued;
     member->up = true;
-    pool_schedule(member->pool, 0);
+    pool->fragile = member_is_fragile(member);
+    while (pool->fragile && !list_is_empty(queued) && queued->next != queued->prev)
+        pool_wait(pool, LIST_OWNER(queued->next->next, struct ssh_channel, link));
+    pool_schedule(pool, 0);
 }
 
 static void member_on_down(void *arg, int status, const char *why) {
@@ -91,7 +115,6 @@ static int pool_connect(struct ssh_pool *pool, struct pool_member **ret_member) 
         return rc;
     }
     member->session->member = member;
-    session_set_standby(member->session, true);
     list_append(&pool->members, &member->link);
     *ret_member = member;
     return 0;
@@ -133,13 +156,6 @@ static int pool_assign(struct ssh_pool *pool, struct ssh_channel *channel) {
     member->idle_since = 0;
     channel_attach(channel, member->session);
     return 1;
-}
-
-static void pool_wait(struct ssh_pool *pool, struct ssh_channel *channel) {
-    channel->session = NULL;
-    list_remove(&channel->link);
-    list_append(&pool->waiting, &channel->link);
-    pool_schedule(pool, 0);
 }
 
 bool pool_takes_refused(struct ssh_channel *channel) {

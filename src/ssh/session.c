@@ -181,26 +181,6 @@ static void session_authenticate(struct ssh_session *session) {
     session->events.up(session->arg);
 }
 
-static struct wire *session_find_wire(struct ssh_session *session, bool closing) {
-    for (struct list *l = session->transport.wires.next; l != &session->transport.wires;
-         l = l->next) {
-        struct wire *wire = LIST_OWNER(l, struct wire, link);
-        if (wire->closing == closing)
-            return wire;
-    }
-    return NULL;
-}
-
-static struct wire *session_find_standby(struct ssh_session *session) {
-    for (struct list *l = session->transport.wires.next; l != &session->transport.wires;
-         l = l->next) {
-        struct wire *wire = LIST_OWNER(l, struct wire, link);
-        if (!wire->closing && !wire->channel)
-            return wire;
-    }
-    return NULL;
-}
-
 static void session_add_wire(struct ssh_session *session, LIBSSH2_CHANNEL *raw) {
     struct transport *t = &session->transport;
     struct wire *wire = calloc(1, sizeof *wire);
@@ -213,11 +193,14 @@ static void session_add_wire(struct ssh_session *session, LIBSSH2_CHANNEL *raw) 
     wire->id_known = t->newest_known;
     list_append(&t->wires, &wire->link);
     session->gave_channel = true;
+    if (list_is_empty(&session->queued))
+        wire->closing = true; /* its owner has closed it meanwhile */
+    else
+        channel_start(LIST_OWNER(session->queued.next, struct ssh_channel, link), wire);
 }
 
 /* The server gave no channel (RFC 4254, 5.1): the one who waits longest bears it. */
 static void session_refuse_channel(struct ssh_session *session) {
-    session->standby_refused = true;
     if (list_is_empty(&session->queued))
         return;
     struct ssh_channel *channel = LIST_OWNER(session->queued.next, struct ssh_channel, link);
@@ -261,22 +244,15 @@ static void session_start_opening(struct ssh_session *session) {
         session->opening = OPENING_CHANNEL;
     else if (session->probe_wanted)
         session->opening = OPENING_PROBE;
-    else if (session->standby_wanted && !session->standby_refused &&
-             session_load(session) < SESSION_CHANNELS && !session_find_standby(session))
-        session->opening = OPENING_CHANNEL;
     session->probe_wanted = false;
     if (session->opening != OPENING_NOTHING)
         session_step_opening(session);
 }
 
-static void session_assign_wires(struct ssh_session *session) {
-    struct wire *wire;
-    while (!list_is_empty(&session->queued) && (wire = session_find_standby(session)))
-        channel_start(LIST_OWNER(session->queued.next, struct ssh_channel, link), wire);
-}
-
-/* Reads what has come, into libssh2's queues. Without a channel there is no call in libssh2 that
- * only reads; one that opens a channel reads too. */
+/* Reads what has come, into libssh2's queues. Waiting for the end of any channel that has not ended
+ * reads packets for all of them. libssh2_channel_read() would too, but may adjust the window, which
+ * is forbidden after our CLOSE. Without a channel no call in libssh2 only reads; one that opens a
+ * channel reads too. */
 static void session_receive(struct ssh_session *session) {
     struct transport *t = &session->transport;
     t->allowance = SESSION_RECEIVE_MAX;
@@ -288,16 +264,12 @@ static void session_receive(struct ssh_session *session) {
             session_start_opening(session);
         }
     }
-    struct wire *wire = session_find_wire(session, false);
     int rc = 0;
-    if (wire) {
-        char none;
-        rc = (int)libssh2_channel_read_ex(wire->raw, 0, &none, 0);
-    } else if ((wire = session_find_wire(session, true))) {
-        /* libssh2_channel_read() may adjust the window, which is forbidden after our CLOSE. */
-        rc = libssh2_channel_wait_eof(wire->raw);
+    for (struct list *l = t->wires.next; rc == 0 && l != &t->wires; l = l->next) {
+        LIBSSH2_CHANNEL *raw = LIST_OWNER(l, struct wire, link)->raw;
+        rc = libssh2_channel_wait_eof(raw);
         if (rc == 0)
-            rc = libssh2_channel_wait_closed(wire->raw);
+            rc = libssh2_channel_wait_closed(raw);
     }
     if (rc < 0 && rc != LIBSSH2_ERROR_EAGAIN)
         t->broken = rc;
@@ -316,7 +288,6 @@ static void session_reap_wires(struct ssh_session *session) {
             continue;
         list_remove(&wire->link);
         free(wire);
-        session->standby_refused = false;
         if (session->member)
             pool_has_room(session->member);
     }
@@ -339,8 +310,6 @@ static void session_run(struct ssh_session *session, bool readable) {
         session_receive(session);
     if (session->opening != OPENING_NOTHING && !t->broken)
         session_step_opening(session);
-    if (!t->broken)
-        session_assign_wires(session);
     session_pump_channels(session);
     if (session->gone)
         return;
@@ -463,12 +432,6 @@ static void session_on_timer(uv_timer_t *handle) {
 void session_schedule(struct ssh_session *session) {
     if (!session->gone && session->state != SESSION_DOWN)
         uv_idle_start(&session->uv.idle, session_on_idle);
-}
-
-void session_set_standby(struct ssh_session *session, bool wanted) {
-    if (wanted && !session->standby_wanted && session->state == SESSION_UP)
-        session_schedule(session);
-    session->standby_wanted = wanted;
 }
 
 unsigned session_count_queued(const struct ssh_session *session) {

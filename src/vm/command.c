@@ -24,6 +24,7 @@
 #define COMMAND_LINGER_MS 300      /* from one stream's end to giving up on the other's */
 #define COMMAND_POOL_IDLE_MS 60000 /* a connection beyond the first, without commands */
 #define COMMAND_PID_LINE 32
+#define COMMAND_FINISHED_MOST 64 /* shells whose command has ended and whose channel has not */
 
 /* What came on one stream and may be the beginning of the end marker. */
 struct command_stream {
@@ -40,6 +41,8 @@ struct command_shell {
     long pid;                /* of the shell, leader of its process group; 0: not known yet */
     bool pid_read;
     bool kill_wanted;
+    bool finished; /* only the server's CLOSE is still to come */
+    bool closed;   /* it has come */
     struct command_stream out, err;
     int marker_status;
     uv_timer_t *timer; /* KILL, or the end of lingering; NULL: none */
@@ -49,7 +52,9 @@ struct commands {
     struct vm *vm; /* the owner */
     struct ssh_pool *pool; /* NULL: the guest is not reached */
     struct command_shell *spare;
-    struct list shells;
+    struct list shells;   /* of command_shell: spare and running */
+    struct list finished; /* of command_shell */
+    unsigned finished_count;
     struct command *newest; /* a reference; NULL: none */
     uv_timer_t *spare_timer;
     uint64_t started, failed; /* counters */
@@ -68,6 +73,7 @@ struct commands *commands_new(struct vm *vm) {
     commands->spare_timer->data = commands;
     commands->vm = vm;
     list_init(&commands->shells);
+    list_init(&commands->finished);
     return commands;
 }
 
@@ -102,14 +108,20 @@ static void shell_timer(struct command_shell *shell, uv_timer_cb cb, unsigned ms
     uv_timer_start(shell->timer, cb, ms, 0);
 }
 
+static void shell_stop_timer(struct command_shell *shell) {
+    if (!shell->timer)
+        return;
+    uv_timer_stop(shell->timer);
+    uv_close((uv_handle_t *)shell->timer, (uv_close_cb)free);
+    shell->timer = NULL;
+}
+
 static void shell_free(struct command_shell *shell) {
     if (shell->commands->spare == shell)
         shell->commands->spare = NULL;
     list_remove(&shell->link);
-    if (shell->timer) {
-        uv_timer_stop(shell->timer);
-        uv_close((uv_handle_t *)shell->timer, (uv_close_cb)free);
-    }
+    shell->commands->finished_count -= shell->finished;
+    shell_stop_timer(shell);
     if (shell->channel)
         ssh_channel_close(shell->channel);
     buf_free(&shell->out.held);
@@ -143,6 +155,23 @@ static void command_output(struct command *command, int stream, const char *data
 
 static void commands_want_spare(struct commands *commands, unsigned ms);
 
+/* The command has ended, its channel not yet. It is left to the server to close it: when a client closes first, dropbear
+ * 2022.83 ends the whole connection as soon as both streams of the shell end at once (an assertion in its
+ * send_msg_channel_data()). A process in the background may keep such a channel open for as long as it runs. */
+static void shell_finish(struct command_shell *shell) {
+    struct commands *commands = shell->commands;
+    if (commands->finished_count == COMMAND_FINISHED_MOST)
+        shell_free(LIST_OWNER(commands->finished.next, struct command_shell, link));
+    shell_stop_timer(shell);
+    buf_free(&shell->out.held);
+    buf_free(&shell->err.held);
+    shell->command = NULL;
+    shell->finished = true;
+    commands->finished_count++;
+    list_remove(&shell->link);
+    list_append(&commands->finished, &shell->link);
+}
+
 /* The command is over; what is still held back of its output belongs to it. */
 static void shell_end(struct command_shell *shell, enum command_end end) {
     struct commands *commands = shell->commands;
@@ -156,7 +185,10 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
         command->shell = NULL;
         commands->failed += end != COMMAND_EXITED || command->status != 0;
     }
-    shell_free(shell);
+    if (shell->closed || !command)
+        shell_free(shell);
+    else
+        shell_finish(shell);
     if (commands->pool && !commands->spare)
         commands_want_spare(commands, 0);
     if (command) {
@@ -168,7 +200,7 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
 static void shell_linger_over(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
     shell->command->status = shell->marker_status;
-    shell_end(shell, COMMAND_EXITED);
+    shell_end(shell, shell->command->signal[0] ? COMMAND_SIGNALED : COMMAND_EXITED);
 }
 
 static void shell_kill_hard(uv_timer_t *timer);
@@ -223,7 +255,7 @@ static void shell_read_pid(struct command_shell *shell) {
 static void shell_data(void *arg, int stream, const char *data, size_t length) {
     struct command_shell *shell = arg;
     struct command_stream *s = stream == 1 ? &shell->out : &shell->err;
-    if (s->ended)
+    if (s->ended || shell->finished)
         return; /* of a process that lives on in the background */
     buf_append(&s->held, data, length);
     if (stream == 2 && !shell->pid_read)
@@ -261,6 +293,11 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
     struct command_shell *shell = arg;
     struct command *command = shell->command;
     enum command_end end = COMMAND_EXITED;
+    shell->closed = true;
+    if (shell->finished) {
+        shell_free(shell);
+        return;
+    }
     if (!command) {
         log_debug("%s: the shell kept ready has ended: %s", shell->commands->vm->id,
                   exit->why ? exit->why : "");
@@ -292,8 +329,21 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
     shell_end(shell, end);
 }
 
+/* The shell itself has ended, without a marker when it was replaced (`exec`) or killed. The channel
+ * follows, unless a process in the background holds it. */
+static void shell_exited(void *arg, const struct ssh_exit *exit) {
+    struct command_shell *shell = arg;
+    if (!shell->command || shell->out.ended || shell->err.ended)
+        return;
+    if (exit->end == SSH_SIGNALED)
+        snprintf(shell->command->signal, sizeof shell->command->signal, "%s", exit->signal);
+    shell->marker_status = exit->status;
+    shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
+}
+
 static struct command_shell *shell_open(struct commands *commands) {
-    static const struct ssh_channel_events events = {.data = shell_data, .closed = shell_over};
+    static const struct ssh_channel_events events = {
+        .data = shell_data, .exited = shell_exited, .closed = shell_over};
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
     commands->vm->guest->command_shell(&text, GUEST_ENV_FILE);
@@ -339,6 +389,8 @@ void commands_stop(struct commands *commands, int status, const char *why) {
         struct ssh_exit exit = {.end = SSH_LOST, .error = status, .why = why};
         shell_over(shell, &exit);
     }
+    while (!list_is_empty(&commands->finished))
+        shell_free(LIST_OWNER(commands->finished.next, struct command_shell, link));
     if (commands->pool) {
         struct ssh_pool *pool = commands->pool;
         commands->pool = NULL;

@@ -11,12 +11,12 @@
 #define QEMU_PROGRAM "qemu-system-x86_64"
 
 /* The one place for the machine that guests see. */
-#define QEMU_MACHINE "q35,vmport=off,dump-guest-core=off"
+#define QEMU_MACHINE "q35,i8042=off"
 
 /* Emulation: `max` has what today's distributions ask for (x86-64-v3, rdrand), qemu64 has not.
  * A translation cache of 32 MiB (QEMU's own choice is up to 1 GiB) costs nothing at boot. */
 #define QEMU_ACCEL_TCG "tcg,tb-size=32"
-#define QEMU_CPU_TCG "max"
+#define QEMU_CPU_TCG "qemu64,+rdrand"
 
 void qemu_command_free(struct qemu_command *c) {
     for (size_t i = 0; i < c->count; i++)

@@ -73,7 +73,8 @@ static void reads(int line, const char *text, size_t length, const char *vars, s
 }
 
 #define READS(text, vars, kept) reads(__LINE__, S(text), S(vars), kept)
-#define FOREIGN(text) reads(__LINE__, S(text), S(""), text)
+/* Lines of others, complete: what follows them is read. */
+#define FOREIGN(text) reads(__LINE__, S(text "export AFTER=1\n"), S("AFTER=1\0"), text)
 
 /* --- Tests --- */
 
@@ -272,6 +273,8 @@ static void from_the_first_doubt_on_nothing_is_taken(void) {
         "A='",
         "export A='1",
         "export A=\"1",
+        "export A=1\\",
+        "echo `'`",
         "export A=`",
         "echo $(",
         "echo ${",
@@ -320,12 +323,18 @@ static void from_the_first_doubt_on_nothing_is_taken(void) {
 }
 
 static void a_nul_ends_the_reading(void) {
-    static const char text[] = "export A=1\n# x\nexport B='\0'\nexport EVIL=1\n";
-    cleanup_buf struct buf vars = {0}, kept = {0};
-    CHECK(!env_file_parse(S(text), gather, &vars, &kept));
-    CHECK(check_same(vars.data, vars.len, S("A=1\0")));
-    CHECK(check_same(kept.data, kept.len, text + 11, sizeof text - 12));
-    formatted_again(text, &vars, &kept);
+    static const char text[] = "export A=1\n# x\n";
+    static const char *const lines[] = {"export B='^'", "export B=1^", "export B=1 # ^", "^",
+                                        "# ^",          "foo^",        "cat <<E\nE^"};
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        cleanup_buf struct buf all = {0}, vars = {0}, kept = {0};
+        buf_printf(&all, "%s%s\nexport EVIL=1\n", text, lines[i]);
+        *strchr(all.data, '^') = '\0';
+        CHECK(!env_file_parse(all.data, all.len, gather, &vars, &kept));
+        CHECK_SAID(check_same(vars.data, vars.len, S("A=1\0")), "<%s> is read", lines[i]);
+        CHECK_SAID(check_same(kept.data, kept.len, all.data + 11, all.len - 11), "<%s>", lines[i]);
+        formatted_again(lines[i], &vars, &kept);
+    }
 }
 
 static void deep_nesting_is_doubt_and_no_crash(void) {
