@@ -46,8 +46,7 @@ struct heredoc {
 struct scan {
     const char *text;
     size_t at, end;
-    bool cut; /* `end` is at a NUL, which every shell takes differently, and not at the end of the
-                 text */
+    bool cut; /* the text goes on behind `end`, with a NUL, which no two shells take alike */
 
     /* The newest token; `at` is right behind it. */
     enum token token;
@@ -62,13 +61,13 @@ struct scan {
 
 static void scan_init(struct scan *s, const char *text, size_t length) {
     const char *nul = length ? memchr(text, '\0', length) : NULL;
-    *s =
-        (struct scan){.text = text, .end = nul ? (size_t)(nul - text) : length, .cut = nul != NULL};
+    *s = (struct scan){.text = text, .end = length, .cut = nul != NULL};
+    if (nul)
+        s->end = (size_t)(nul - text);
 }
 
 /* The byte at hand, behind any continued lines (2.2.1: backslash and newline are removed before the
- * text is split into tokens, everywhere but in single quotes, comments and quoted here-documents).
- */
+ * text is split into tokens, but not in single quotes, comments and quoted here-documents). */
 static int scan_peek(struct scan *s) {
     while (s->end - s->at >= 2 && s->text[s->at] == '\\' && s->text[s->at + 1] == '\n')
         s->at += 2;

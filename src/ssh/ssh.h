@@ -96,7 +96,9 @@ struct ssh_channel_events {
 #define SSH_COMMAND_MAX 8192
 
 /* Runs `command` in a channel of its own. Channel opens on one session queue up behind each other.
- * -ERR_COMMAND_TOO_LARGE above SSH_COMMAND_MAX, -ERR_UNREACHABLE after down(). */
+ * -ERR_COMMAND_TOO_LARGE above SSH_COMMAND_MAX, -ERR_UNREACHABLE after down(). On an old dropbear the
+ * end of one command can cost the connection while another is being started (see pool.c): a session
+ * that is not a pool's should have one command at a time. */
 int ssh_channel_exec(struct ssh_session *session, const char *command,
                      const struct ssh_channel_events *events, void *arg,
                      struct ssh_channel **ret_channel);

@@ -59,7 +59,7 @@ static int root_list(struct node *dir, struct node_list *list) {
 
 static void root_mkdir(struct node *dir, const char *name, mode_t mode, struct request *rq) {
     struct vm *vm;
-    struct node *node;
+    struct node *node = NULL;
     (void)mode;
     int r = vm_create(dir->daemon, name, &vm);
     if (r == 0)

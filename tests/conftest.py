@@ -1,0 +1,178 @@
+"""Fixtures, and the deadlines: a test that overruns is failed, and a mount that hangs is cut off."""
+
+import faulthandler
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import harness  # noqa: E402
+
+DEADLINE = 120
+# From the deadline to the death of the daemons, which frees whoever is blocked in a mount.
+GRACE = 10
+
+collect_ignore = ["unit", "fuzz", "bench"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "deadline(seconds): how long the test may take, with its fixtures")
+
+
+class Overdue(Exception):
+    pass
+
+
+def overdue(_signal, _frame):
+    raise Overdue("the test has overrun its deadline")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    marker = item.get_closest_marker("deadline")
+    seconds = marker.args[0] if marker else DEADLINE
+
+    def last_resort():
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        harness.RUN.kill_daemons()
+
+    timer = threading.Timer(seconds + GRACE, last_resort)
+    timer.daemon = True
+    signal.signal(signal.SIGALRM, overdue)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer.start()
+    yield
+    timer.cancel()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class Shared:
+    """The daemon and the guest that most tests use. A test that breaks one fails; the next gets a new one."""
+
+    def __init__(self):
+        self.daemon = None
+        self.problems = []
+
+    def mount(self):
+        if self.daemon and not self.daemon.running():
+            self.clear()
+        if not self.daemon:
+            self.daemon = harness.Daemon().start()
+        return self.daemon
+
+    def guest(self, name="shared"):
+        daemon = self.mount()
+        guest = daemon.guests.get(name)
+        if not guest or not os.path.isdir(guest.path):
+            return daemon.boot(name)
+        if guest.status() != "running":
+            os.rmdir(guest.path)
+            guest.close()
+            return daemon.boot(name)
+        return guest
+
+    def clear(self):
+        daemon, self.daemon = self.daemon, None
+        if daemon:
+            try:
+                daemon.clear()
+            except AssertionError as error:
+                self.problems.append(str(error))
+
+
+SHARED = Shared()
+
+
+@pytest.fixture
+def mount():
+    """The shared daemon."""
+    return SHARED.mount()
+
+
+@pytest.fixture
+def vm():
+    """A running guest that is shared by tests which leave it as it is but for variables of their own."""
+    return SHARED.guest()
+
+
+@pytest.fixture
+def new_vm(mount):
+    """Boots VMs on the shared daemon for this test alone: new_vm("a", "b")."""
+    names = []
+
+    def make(*wanted):
+        names.extend(wanted)
+        return mount.boot(*wanted)
+
+    yield make
+    for name in names:
+        if name in mount.guests:
+            mount.guests[name].close()
+        path = mount.vm(name)
+        if mount.running() and os.path.isdir(path):
+            os.rmdir(path)
+
+
+@pytest.fixture
+def daemon():
+    """Starts daemons for this test alone, each with a state directory of its own."""
+    made = []
+
+    def make(options="", start=True, **kwargs):
+        one = harness.Daemon(options, **kwargs)
+        made.append(one)
+        return one.start() if start else one
+
+    yield make
+    for one in reversed(made):
+        one.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_client_left():
+    """No process of a test is left waiting."""
+    yield
+    for client in list(harness.Client.all):
+        client.signal(signal.SIGKILL)
+        client.result(30)
+
+
+@pytest.fixture(autouse=True)
+def sanitizers_are_silent():
+    before = harness.RUN.sanitizer_logs()
+    yield
+    new = {n: text for n, text in harness.RUN.sanitizer_logs().items() if n not in before}
+    assert not new, "\n".join(new.values())
+
+
+def pytest_sessionfinish(session):
+    SHARED.clear()
+    logs = harness.RUN.sanitizer_logs()
+    problems = SHARED.problems + [f"{name}: {text}" for name, text in logs.items()]
+    left = harness.processes_with(harness.RUN.path + "/")
+    if left and not harness.RUN.given:
+        problems.append(f"processes are left: {left}")
+        for pid in left:
+            harness.kill_and_wait(pid)
+    for line in harness.read("/proc/self/mountinfo").splitlines():
+        path = line.split()[4]
+        if path.startswith(harness.RUN.path + "/"):
+            problems.append(f"{path} is still mounted")
+            subprocess.run(["fusermount3", "-uz", path], timeout=20, check=False)
+    session.config.end_problems = problems
+    if problems:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    elif not harness.RUN.given:
+        shutil.rmtree(harness.RUN.path, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for problem in getattr(config, "end_problems", []):
+        terminalreporter.section("at the end of the run")
+        terminalreporter.write_line(problem)

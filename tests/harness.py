@@ -1,0 +1,544 @@
+"""What the tests are made of: a daemon on a mount point of its own, and a guest that is looked into with OpenSSH.
+
+Everything that waits has a deadline. A test that overruns its own is ended by conftest.py, which at the last kills the
+daemons of this run, so that no process stays blocked in a mount.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BUILD = os.environ.get("VMSFS_TEST_BUILD", os.path.join(ROOT, "build-tests"))
+VMSFS = os.path.join(BUILD, "vmsfs")
+IMAGES = os.path.join(BUILD, "images")
+
+# The options that the tests use where nothing else is said, and how much longer an operation may take than the
+# deadline that the daemon keeps: two cores, sanitizers, and other guests that boot meanwhile.
+TIMEOUT = 5
+BOOT_TIMEOUT = 90
+SLACK = 5
+
+SHELLS = {
+    "bash": ["bash", "-c"],
+    "dash": ["dash", "-c"],
+    "busybox": ["busybox", "sh", "-c"],
+    "zsh": ["zsh", "-f", "-c"],
+    "ksh": ["ksh", "-c"],
+}
+
+UNSET = "<unset>"
+
+
+def wait_for(condition, what, seconds=10, step=0.02):
+    """Calls `condition` until it is true, and returns what it said."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        assert time.monotonic() < end, f"after {seconds} s still not: {what}"
+        time.sleep(step)
+
+
+def read(path):
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return f.read()
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write(path, data):
+    """As a program writes that looks at every error: open, write, close. One write() for all of it."""
+    data = data.encode() if isinstance(data, str) else data
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        assert os.write(fd, data) == len(data)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def refused(*names):
+    """The block fails with one of these errnos, given by name."""
+    try:
+        yield
+    except OSError as error:
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        assert name in names, f"{name} ({error}), not {' or '.join(names)}"
+    else:
+        raise AssertionError(f"no error, though there should be {' or '.join(names)}")
+
+
+@contextlib.contextmanager
+def takes_at_most(seconds, what="this"):
+    start = time.monotonic()
+    yield
+    taken = time.monotonic() - start
+    assert taken <= seconds, f"{what} took {taken:.2f} s, which is more than {seconds} s"
+
+
+def sh(script, shell="dash", seconds=60, check=True, **variables):
+    """Runs a script in a shell of the host. The words of `variables` are its environment."""
+    done = subprocess.run(
+        SHELLS[shell] + [script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=seconds,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **variables},
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"{script!r} in {shell}: status {done.returncode}, {done.stderr!r}")
+    return done
+
+
+class Client:
+    """A process that uses the mount and may have to wait there. It is ended with the `with` block."""
+
+    all = set()
+
+    def __init__(self, argv, **kwargs):
+        argv = SHELLS["dash"] + [argv] if isinstance(argv, str) else argv
+        kwargs.setdefault("stdin", subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs
+        )
+        Client.all.add(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+        self.result(30)
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def result(self, seconds=30):
+        """Its exit status (negative: the signal), output and errors."""
+        if self in Client.all:
+            out, err = self.process.communicate(timeout=seconds)
+            self.answer = self.process.returncode, out, err.decode(errors="replace")
+            Client.all.discard(self)
+        return self.answer
+
+    def state(self):
+        """The letter of ps: S or D while it waits; None when it has ended."""
+        return process_state(self.process.pid)
+
+    def waits(self, seconds=10):
+        """Until it is blocked in a request to the mount."""
+        wait_for(
+            lambda: any(pid_waits_in_fuse(pid) for pid in session_pids(self.process.pid)),
+            f"process {self.process.pid} waits for the file system",
+            seconds,
+        )
+        return self
+
+
+def process_state(pid):
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            state = f.read().rpartition(b")")[2].split()[0].decode()
+    except OSError:
+        return None
+    return None if state in "ZX" else state
+
+
+def session_pids(leader):
+    pids = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                with open(f"/proc/{name}/stat", "rb") as f:
+                    if int(f.read().rpartition(b")")[2].split()[3]) == leader:
+                        pids.append(int(name))
+    return pids
+
+
+def pid_waits_in_fuse(pid):
+    try:
+        if process_state(pid) is None:
+            return False
+        return "fuse" in read(f"/proc/{pid}/wchan") or "request_wait" in read(f"/proc/{pid}/wchan")
+    except OSError:
+        return False
+
+
+def pid_alive(pid):
+    return process_state(pid) is not None
+
+
+def processes_with(text):
+    """Ids of the processes whose command line holds the text."""
+    text = os.fsencode(text)
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if text in read_bytes(f"/proc/{name}/cmdline") and pid_alive(int(name)):
+                    found.append(int(name))
+    return found
+
+
+def kill_and_wait(pid, number=signal.SIGKILL, seconds=10):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    wait_for(lambda: not pid_alive(pid), f"the end of process {pid}", seconds)
+
+
+def mount_line(path):
+    """The fields of /proc/self/mountinfo for what is mounted at `path`; None: nothing is."""
+    for line in read("/proc/self/mountinfo").splitlines():
+        if line.split()[4] == path:
+            return line
+    return None
+
+
+def runtime_dir(state):
+    """Where the daemon of this state directory has its sockets: 64-bit FNV-1a of the path, see src/options.c."""
+    number = 0xCBF29CE484222325
+    for byte in os.fsencode(state):
+        number = (number ^ byte) * 0x100000001B3 % 2**64
+    return f"/run/vmsfs/{number:016x}"
+
+
+class Run:
+    """The run directory. tests/run gives one and clears it away; so does conftest.py when pytest is used alone."""
+
+    def __init__(self):
+        self.given = os.environ.get("VMSFS_TEST_RUN")
+        self.path = self.given or tempfile.mkdtemp(prefix="vmsfs-tests.")
+        os.makedirs(os.path.join(self.path, "pids"), exist_ok=True)
+        os.makedirs(os.path.join(self.path, "sanitizer"), exist_ok=True)
+        self.count = 0
+        self.daemons = []
+        self.lock = threading.Lock()
+
+    def number(self):
+        self.count += 1
+        return self.count
+
+    def record_pid(self, pid):
+        with open(os.path.join(self.path, "pids", str(pid)), "w", encoding="ascii"):
+            pass
+
+    def forget_pid(self, pid):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, "pids", str(pid)))
+
+    def sanitizer_logs(self):
+        folder = os.path.join(self.path, "sanitizer")
+        return {name: read(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+
+    def kill_daemons(self):
+        """The last resort: a dead daemon's mount answers everybody with ENOTCONN."""
+        for daemon in list(self.daemons):
+            if daemon.pid and pid_alive(daemon.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(daemon.pid, signal.SIGKILL)
+
+
+RUN = Run()
+
+
+def sanitizer_environment():
+    log = os.path.join(RUN.path, "sanitizer", "report")
+    common = f"log_path={log}:exitcode=99"
+    return {
+        "ASAN_OPTIONS": f"{common}:detect_leaks=1:detect_stack_use_after_return=1:abort_on_error=0",
+        "UBSAN_OPTIONS": f"{common}:print_stacktrace=1:halt_on_error=1",
+        "LSAN_OPTIONS": f"log_path={log}:exitcode=99",
+    }
+
+
+def environment(extra=None):
+    return {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": os.path.join(RUN.path),
+        "LC_ALL": "C.UTF-8",
+        **sanitizer_environment(),
+        **(extra or {}),
+    }
+
+
+class Daemon:
+    """vmsfs on a mount point of its own, with a state directory that outlives it."""
+
+    def __init__(self, options="", detached=False, env=None, timeout=TIMEOUT, boot_timeout=BOOT_TIMEOUT):
+        self.path = os.path.join(RUN.path, f"d{RUN.number()}")
+        self.mount = os.path.join(self.path, "vms")
+        self.state = os.path.join(self.path, "state")
+        self.log = os.path.join(self.path, "log")
+        self.env = env
+        self.detached = detached
+        self.timeout = timeout
+        self.options = f"state={self.state},images={IMAGES},timeout={timeout},boot_timeout={boot_timeout}"
+        if options:
+            self.options += "," + options
+        self.pid = None
+        self.process = None
+        self.guests = {}
+        os.makedirs(self.mount)
+        RUN.daemons.append(self)
+
+    def argv(self):
+        return [VMSFS, self.mount, "-o", self.options]
+
+    def start(self, seconds=30):
+        log = open(self.log, "ab")
+        with log:
+            if self.detached:
+                done = subprocess.run(
+                    self.argv(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment(self.env),
+                    timeout=seconds,
+                )
+                assert done.returncode == 0, read(self.log)
+                self.pid = processes_with(self.mount)[0]
+                RUN.record_pid(self.pid)
+                return self
+            self.process = subprocess.Popen(
+                self.argv() + ["-f"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(self.env),
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+        RUN.record_pid(self.pid)
+
+        def answers():
+            assert self.process.poll() is None, f"vmsfs has ended: {read(self.log)}"
+            return mount_line(self.mount) and os.path.isdir(self.mount)
+
+        wait_for(answers, "the mount answers", seconds)
+        return self
+
+    def running(self):
+        if not self.pid or not pid_alive(self.pid):
+            return False
+        return self.process is None or self.process.poll() is None
+
+    def wait_end(self, seconds=20):
+        """Its exit status; None for one that has detached itself."""
+        status = None
+        if self.process:
+            status = self.process.wait(timeout=seconds)
+        else:
+            wait_for(lambda: not pid_alive(self.pid), "the daemon ends", seconds)
+        RUN.forget_pid(self.pid)
+        self.pid = self.process = None
+        return status
+
+    def stop(self, number=signal.SIGTERM, seconds=20):
+        """The clean way: SIGTERM, and what has to be true after it."""
+        for guest in self.guests.values():
+            guest.close()
+        if not self.pid:
+            return
+        os.kill(self.pid, number)
+        status = self.wait_end(seconds)
+        assert status in (0, None), f"vmsfs ended with status {status}: {read(self.log)[-3000:]}"
+        assert not mount_line(self.mount), "the mount is still there"
+        assert not RUN.sanitizer_logs(), RUN.sanitizer_logs()
+
+    def kill(self):
+        for guest in self.guests.values():
+            guest.close()
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait_end()
+        self.unmount()
+
+    def unmount(self):
+        if mount_line(self.mount):
+            subprocess.run(["fusermount3", "-uz", self.mount], check=True, timeout=20)
+
+    def qemus(self):
+        """QEMUs that belong to this state directory."""
+        return [
+            pid
+            for pid in processes_with(self.state + "/")
+            if b"qemu-system" in read_bytes(f"/proc/{pid}/cmdline").split(b"\0")[0]
+        ]
+
+    def remains(self):
+        """What VMs have left behind outside of the tree."""
+        left = []
+        for folder in ("vms", "trash"):
+            path = os.path.join(self.state, folder)
+            if os.path.isdir(path):
+                left += [os.path.join(folder, name) for name in os.listdir(path)]
+        runtime = runtime_dir(self.state)
+        if os.path.isdir(runtime):
+            left += [os.path.join(runtime, name) for name in os.listdir(runtime)]
+        return left + [f"process {pid}" for pid in self.qemus()]
+
+    def clear(self):
+        """Ends it and all of its VMs, in whatever state they are. Raises if the daemon does not end as it should."""
+        problem = None
+        try:
+            if self.running():
+                for pid in self.qemus():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+                for name in os.listdir(self.mount):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rmdir(os.path.join(self.mount, name))
+            self.stop()
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            problem = error
+        finally:
+            for guest in self.guests.values():
+                guest.close()
+            if self.pid and pid_alive(self.pid):
+                os.kill(self.pid, signal.SIGKILL)
+                self.wait_end()
+            self.unmount()
+            for pid in self.qemus():
+                kill_and_wait(pid)
+            RUN.daemons.remove(self)
+            with contextlib.suppress(OSError):
+                os.rmdir(runtime_dir(self.state))
+        if problem:
+            raise AssertionError(f"{problem}\nthe daemon's log ends: {read(self.log)[-2000:]}")
+
+    def vm(self, name):
+        return os.path.join(self.mount, name)
+
+    def boot(self, *names):
+        """Makes VMs, waits until they run, and returns a Guest for each."""
+        for name in names:
+            os.mkdir(self.vm(name))
+        guests = [Guest(self, name) for name in names]
+        for guest in guests:
+            guest.wait("running")
+        return guests if len(guests) > 1 else guests[0]
+
+    def guest(self, name):
+        return Guest(self, name)
+
+
+class Guest:
+    """A VM: its files, and a look inside by ssh with the ssh_config that the VM offers."""
+
+    def __init__(self, daemon, name):
+        self.daemon = daemon
+        self.name = name
+        self.path = daemon.vm(name)
+        self.master = None
+        self.socket = os.path.join(daemon.path, f"{name}.ssh")
+        daemon.guests[name] = self
+
+    def __truediv__(self, path):
+        return os.path.join(self.path, path)
+
+    def env(self, key):
+        return os.path.join(self.path, "env", key)
+
+    def status(self):
+        return read(self / "status").strip()
+
+    def error(self):
+        return read(self / "error")
+
+    def info(self):
+        return json.loads(read(self / "info"))
+
+    def qemu(self):
+        return self.info()["pid"]
+
+    def wait(self, state, seconds=BOOT_TIMEOUT):
+        def reached():
+            status = self.status()
+            assert status == state or status != "failed", f"{self.name} failed: {self.error()}"
+            return status == state
+
+        wait_for(reached, f"{self.name} is {state}", seconds)
+
+    def ssh_argv(self, *options):
+        return ["ssh", "-F", self / "ssh_config", *options, self.name]
+
+    def connect(self):
+        """A connection that all further calls share: a tenth of the time of a new one."""
+        if self.master and self.master.poll() is None:
+            return
+        self.close()
+        argv = self.ssh_argv("-M", "-N", "-S", self.socket, "-o", "ConnectTimeout=20")
+        log = open(self.socket + ".log", "ab")
+        with log:
+            self.master = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        RUN.record_pid(self.master.pid)
+
+        def answers():
+            assert self.master.poll() is None, read(self.socket + ".log")
+            return os.path.exists(self.socket)
+
+        wait_for(answers, "ssh has connected", 30)
+
+    def close(self):
+        if self.master:
+            self.master.kill()
+            self.master.wait(timeout=10)
+            RUN.forget_pid(self.master.pid)
+            self.master = None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket)
+
+    def ssh(self, command, seconds=60, check=True):
+        self.connect()
+        done = subprocess.run(
+            self.ssh_argv("-S", self.socket) + [command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=seconds,
+        )
+        if check:
+            assert done.returncode == 0, f"{command!r} in the guest: {done}"
+        return done.stdout
+
+    def value(self, key):
+        """Bytes of a variable in a login shell of the guest."""
+        script = f'printf %s "${{{key}-{UNSET}}}"'
+        return self.ssh("sh -l -c " + shlex.quote(script))
+
+    def is_set(self, key):
+        return self.value(key) != UNSET.encode()
+
+    def processes(self):
+        return self.ssh("ps -o args").decode(errors="replace").splitlines()
+
+    def runs(self, text):
+        """Is there a process in the guest with just this command line?"""
+        return text in [line.strip() for line in self.processes()]
+
+    def exec(self, command, seconds=60):
+        """Runs a command through `exec` opened read-write, and returns its output."""
+        fd = os.open(self / "exec", os.O_RDWR)
+        try:
+            os.write(fd, command.encode() if isinstance(command, str) else command)
+            parts = []
+            while part := os.read(fd, 1 << 20):
+                parts.append(part)
+            return b"".join(parts)
+        finally:
+            os.close(fd)
