@@ -17,10 +17,12 @@
 #define DEFAULT_BACKEND "auto"
 #define DEFAULT_BOOT_TIMEOUT 60
 #define DEFAULT_TIMEOUT 10
+#define DEFAULT_SCRATCH_TIMEOUT 600
 
 /* As they were given; numbers are checked afterwards, as a whole. */
 struct raw_options {
-    char *state, *images, *backend, *image, *vcpus, *memory, *boot_timeout, *timeout;
+    char *state, *images, *backend, *image, *vcpus, *memory, *boot_timeout, *timeout,
+        *scratch_timeout, *env_file;
     int ephemeral, foreground, debug, help, version;
     char *arguments[2];
     int count;
@@ -38,6 +40,7 @@ static const struct fuse_opt option_table[] = {
     TEXT(memory),
     TEXT(boot_timeout),
     TEXT(timeout),
+    TEXT(scratch_timeout),
     FLAG("ephemeral", ephemeral),
     FLAG("-f", foreground),
     FLAG("-d", debug),
@@ -69,12 +72,13 @@ void options_print_help(void) {
            "    -o memory=MIB        memory of new VMs (what the image says)\n"
            "    -o boot_timeout=S    longest time from mkdir to running (%d)\n"
            "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
+           "    -o scratch_timeout=S how long temporary files in env/ live unused (%d)\n"
            "    -o ephemeral         destroy all VMs at unmount\n"
            "\n"
            "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console.\n"
            "\n"
            "Options of FUSE (allow_other always comes with default_permissions):\n",
-           DEFAULT_BOOT_TIMEOUT, DEFAULT_TIMEOUT);
+           DEFAULT_BOOT_TIMEOUT, DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);
 }
 
 static int option_other(void *data, const char *arg, int key, struct fuse_args *args) {
@@ -186,8 +190,11 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
         !option_number("memory", raw->memory, 16, 1 << 20, 0, &s->memory) ||
         !option_number("boot_timeout", raw->boot_timeout, 1, 86400, DEFAULT_BOOT_TIMEOUT,
                        &s->boot_timeout) ||
-        !option_number("timeout", raw->timeout, 1, 86400, DEFAULT_TIMEOUT, &s->timeout))
+        !option_number("timeout", raw->timeout, 1, 86400, DEFAULT_TIMEOUT, &s->timeout) ||
+        !option_number("scratch_timeout", raw->scratch_timeout, 1, 86400, DEFAULT_SCRATCH_TIMEOUT,
+                       &s->scratch_timeout))
         return false;
+    s->scratch_timeout *= 1000;
     s->boot_timeout *= 1000;
     s->timeout *= 1000;
     return true;
@@ -195,7 +202,8 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
 
 static void raw_free(struct raw_options *raw) {
     char *all[] = {raw->state,  raw->images,       raw->backend, raw->image,        raw->vcpus,
-                   raw->memory, raw->boot_timeout, raw->timeout, raw->arguments[0], raw->arguments[1]};
+                   raw->memory, raw->boot_timeout, raw->timeout, raw->arguments[0], raw->arguments[1],
+                   raw->scratch_timeout, raw->env_file};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }

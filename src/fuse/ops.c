@@ -205,8 +205,8 @@ static void ops_read(fuse_req_t req, fuse_ino_t id, size_t size, off_t offset,
     struct handle *handle = ops_handle(file);
     struct fuse_request *r = fuse_request_new(ops_channel(req), req);
     (void)id;
-    if (r && handle->node->ops->read)
-        handle->node->ops->read(handle, size, offset, &r->rq);
+    if (r && handle->ops->read)
+        handle->ops->read(handle, size, offset, &r->rq);
     else if (r)
         request_answer(&r->rq, -ERR_INVALID);
 }
@@ -220,8 +220,8 @@ static void ops_write(fuse_req_t req, fuse_ino_t id, const char *data, size_t si
         return;
     /* O_APPEND can be switched by fcntl(2) after the open. */
     handle->flags = (handle->flags & ~O_APPEND) | (file->flags & O_APPEND);
-    if (handle->node->ops->write)
-        handle->node->ops->write(handle, data, size, offset, &r->rq);
+    if (handle->ops->write)
+        handle->ops->write(handle, data, size, offset, &r->rq);
     else
         request_answer(&r->rq, -ERR_NOT_PERMITTED);
 }
@@ -230,8 +230,8 @@ static void ops_flush(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file
     struct handle *handle = ops_handle(file);
     struct fuse_request *r = fuse_request_new(ops_channel(req), req);
     (void)id;
-    if (r && handle->node->ops->flush)
-        handle->node->ops->flush(handle, &r->rq);
+    if (r && handle->ops->flush)
+        handle->ops->flush(handle, &r->rq);
     else if (r)
         request_answer(&r->rq, 0);
 }
@@ -241,8 +241,8 @@ static void ops_fsync(fuse_req_t req, fuse_ino_t id, int datasync, struct fuse_f
     struct fuse_request *r = fuse_request_new(ops_channel(req), req);
     (void)id;
     (void)datasync;
-    if (r && handle->node->ops->fsync)
-        handle->node->ops->fsync(handle, &r->rq);
+    if (r && handle->ops->fsync)
+        handle->ops->fsync(handle, &r->rq);
     else if (r)
         request_answer(&r->rq, 0);
 }
@@ -250,7 +250,7 @@ static void ops_fsync(fuse_req_t req, fuse_ino_t id, int datasync, struct fuse_f
 static void ops_release(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file) {
     struct handle *handle = ops_handle(file);
     (void)id;
-    handle->node->ops->release(handle);
+    handle->ops->release(handle);
     fuse_reply_err(req, 0);
 }
 
@@ -380,7 +380,7 @@ void handles_release_all(struct fuse_channel *channel) {
     struct list *link;
     while ((link = list_pop(&channel->handles))) {
         struct handle *handle = LIST_OWNER(link, struct handle, open);
-        handle->node->ops->release(handle);
+        handle->ops->release(handle);
     }
     while ((link = list_pop(&channel->dirs)))
         ops_dir_free(LIST_OWNER(link, struct ops_dir, open));

@@ -73,7 +73,7 @@ static void fuse_request_opened(struct request *rq, struct handle *handle) {
     struct fuse_file_info file = r->file;
     fuse_request_set_file(r->channel, &file, handle);
     if (fuse_reply_open(fuse_request_take(rq), &file) < 0)
-        handle->node->ops->release(handle);
+        handle->ops->release(handle);
 }
 
 static void fuse_request_created(struct request *rq, struct node *node, struct handle *handle) {
@@ -85,7 +85,7 @@ static void fuse_request_created(struct request *rq, struct node *node, struct h
     inode_lookup(channel, node);
     node_to_entry(node, &entry);
     if (fuse_reply_create(fuse_request_take(rq), &entry, &file) < 0) {
-        handle->node->ops->release(handle);
+        handle->ops->release(handle);
         inode_forget(channel, node, 1);
     }
 }

@@ -18,6 +18,10 @@ struct guest_ops {
     void (*control_shell)(struct buf *out);
     void (*control_request)(struct buf *out, const char *nonce, const char *script, size_t length);
 
+    /* Names that are no variables there: shells refuse to set them, and some end when they are asked to, with
+     * all that comes behind in the file. */
+    bool (*name_is_reserved)(const char *name);
+
     /* Scripts for requests. Replaces the file at `path` by these bytes, atomically; prints why not. */
     void (*file_replace)(struct buf *out, const char *path, const char *bytes, size_t length);
     /* Prints the file at `path`; nothing when there is none. */

@@ -27,6 +27,16 @@ static void linux_control_request(struct buf *out, const char *nonce, const char
     buf_printf(out, "\n} 2>&1 </dev/null; printf '\\036%s %%d\\n' \"$?\"\n", nonce);
 }
 
+/* Read-only in bash, which ends as `sh` when a file that it sources sets them; OPTIND does that to dash. */
+static bool linux_name_is_reserved(const char *name) {
+    static const char *const names[] = {"UID",      "EUID",          "PPID",  "SHELLOPTS",
+                                        "BASHOPTS", "BASH_VERSINFO", "OPTIND"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(names[i], name) == 0)
+            return true;
+    return false;
+}
+
 static void linux_file_replace(struct buf *out, const char *path, const char *bytes,
                                size_t length) {
     cleanup_buf struct buf temporary = {0};
@@ -121,6 +131,7 @@ const struct guest_ops guest_linux = {
     .name = "linux",
     .control_shell = linux_control_shell,
     .control_request = linux_control_request,
+    .name_is_reserved = linux_name_is_reserved,
     .file_replace = linux_file_replace,
     .file_read = linux_file_read,
     .command_signal = linux_command_signal,

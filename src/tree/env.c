@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "guest/env_file.h"
+#include "tree/scratch.h"
 #include "tree/tree.h"
 #include "util/errors.h"
 
@@ -20,9 +21,12 @@ static void env_stat(const struct node *node, struct node_stat *ret_stat) {
 }
 
 static int env_lookup(struct node *dir, const char *name, struct node **ret_node) {
-    if (dir->vm->gone || !vars_find(dir->vm->vars, name))
+    if (dir->vm->gone)
         return -ERR_NOT_FOUND;
-    struct node *node = node_child(dir, name, &env_key_ops, NULL, dir->vm);
+    struct scratch *scratch = scratch_find(dir->vm->env_scratch, name);
+    if (!scratch && !vars_find(dir->vm->vars, name))
+        return -ERR_NOT_FOUND;
+    struct node *node = scratch ? scratch_node(dir, scratch) : node_child(dir, name, &env_key_ops, NULL, dir->vm);
     if (!node)
         return -ERR_NO_MEMORY;
     *ret_node = node;
@@ -36,7 +40,7 @@ static int env_list(struct node *dir, struct node_list *list) {
         if (r < 0)
             return r;
     }
-    return 0;
+    return scratch_list(dir, dir->vm->env_scratch, list);
 }
 
 static int env_refuse_name(struct vm *vm, const char *name) {
@@ -53,11 +57,19 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
         request_answer(rq, -ERR_GONE);
         return;
     }
+    struct var *var = vars_find(vm->vars, name);
+    if (scratch_find(vm->env_scratch, name) || (!var && scratch_is_wanted(name, flags))) {
+        scratch_create(dir, vm->env_scratch, name, flags, mode, rq);
+        return;
+    }
     if (!env_name_is_valid(name, strlen(name))) {
         request_answer(rq, env_refuse_name(vm, name));
         return;
     }
-    struct var *var = vars_find(vm->vars, name);
+    if (!var && vm->guest->name_is_reserved(name)) {
+        request_answer(rq, vars_refuse_reserved(vm, name));
+        return;
+    }
     if (var && (flags & O_EXCL)) {
         request_answer(rq, -ERR_EXISTS);
         return;
@@ -83,6 +95,11 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
 }
 
 static void env_unlink(struct node *dir, const char *name, struct request *rq) {
+    struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->env_scratch, name);
+    if (scratch) {
+        scratch_unlink(dir, scratch, false, rq);
+        return;
+    }
     if (dir->vm->gone || !vars_find(dir->vm->vars, name)) {
         request_answer(rq, -ERR_NOT_FOUND);
         return;
@@ -92,7 +109,24 @@ static void env_unlink(struct node *dir, const char *name, struct request *rq) {
 }
 
 static void env_rmdir(struct node *dir, const char *name, struct request *rq) {
-    request_answer(rq, vars_find(dir->vm->vars, name) ? -ERR_NOT_A_DIRECTORY : -ERR_NOT_FOUND);
+    struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->env_scratch, name);
+    if (scratch)
+        scratch_unlink(dir, scratch, true, rq);
+    else
+        request_answer(rq, vars_find(dir->vm->vars, name) ? -ERR_NOT_A_DIRECTORY : -ERR_NOT_FOUND);
+}
+
+/* Lock directories (Puppet makes one beside its target). */
+static void env_mkdir(struct node *dir, const char *name, mode_t mode, struct request *rq) {
+    struct vm *vm = dir->vm;
+    if (vm->gone)
+        request_answer(rq, -ERR_GONE);
+    else if (vars_find(vm->vars, name))
+        request_answer(rq, -ERR_EXISTS);
+    else if (env_name_is_valid(name, strlen(name)))
+        request_answer(rq, vm_fail(vm, -ERR_INVALID, "env/%s: a variable is no directory", name));
+    else
+        scratch_mkdir(dir, vm->env_scratch, name, mode, rq);
 }
 
 const struct node_ops env_ops = {
@@ -100,6 +134,8 @@ const struct node_ops env_ops = {
     .lookup = env_lookup,
     .list = env_list,
     .create = env_create,
+    .mkdir = env_mkdir,
+    .rename = env_rename,
     .unlink = env_unlink,
     .rmdir = env_rmdir,
     .setattr = node_setattr_ignore,

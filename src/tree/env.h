@@ -3,6 +3,10 @@
 #include "tree/node.h"
 #include "vm/vars.h"
 
+/* A request may queue behind an update that is itself waiting for its deadline; it ends a little later, so that the
+ * better of the two explanations is given. */
+#define ENV_GRACE_MS 250
+
 /* ID/env/: a directory of variables (tree/env.c), and one of them (tree/env_key.c). */
 
 extern const struct node_ops env_key_ops;
@@ -19,6 +23,9 @@ struct env_handle {
 
 /* The handle for a name that vars_create() has just made. NULL: no memory. */
 struct env_handle *env_handle_create(struct node *node, int flags);
+
+void env_rename(struct node *dir, const char *name, struct node *new_dir, const char *new_name,
+                unsigned flags, struct request *rq);
 
 /* Parks `rq` until the commit of `changes` has its verdict. On success it answers with `written` bytes,
  * or with plain success when that is negative. `h` (may be NULL) learns the verdict. */

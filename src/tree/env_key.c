@@ -11,10 +11,6 @@
  * pieces have to be atomic all the same. So the first WRITE commits at once, later ones gather until FLUSH, and
  * a truncation by itself waits for what follows it. */
 
-/* A request may queue behind an update that is itself waiting for its deadline; it ends a little later, so that the
- * better of the two explanations is given. */
-#define ENV_GRACE_MS 250
-
 static struct var *env_key_var(const struct node *node) {
     return vars_find(node->vm->vars, node->name);
 }
@@ -354,7 +350,9 @@ static void env_key_setattr(struct node *node, struct handle *handle, const stru
     if (mask & NODE_SET_MTIME)
         var->changed = want->st_mtim;
     if (mask & NODE_SET_SIZE)
-        env_key_set_size(node, (struct env_handle *)handle, want->st_size, rq);
+        env_key_set_size(
+            node, handle && handle->ops == &env_key_ops ? (struct env_handle *)handle : NULL,
+            want->st_size, rq);
     else
         request_answer_attr(rq, node);
 }

@@ -59,7 +59,7 @@ void node_unref(struct node *node) {
     }
 }
 
-static struct node *node_find_child(struct node *parent, const char *name) {
+struct node *node_find_child(struct node *parent, const char *name) {
     struct node key = {.name = (char *)(uintptr_t)name};
     return RB_FIND(node_children, &parent->children, &key);
 }
@@ -72,7 +72,7 @@ struct node *node_child_private(struct node *parent, const char *name, const str
 struct node *node_child(struct node *parent, const char *name, const struct node_ops *ops,
                         const struct node_row *row, struct vm *vm) {
     struct node *node = node_find_child(parent, name);
-    if (node && node->vm == vm && !node->held)
+    if (node && node->vm == vm && node->ops == ops && !node->held)
         return node_ref(node);
     if (node)
         node_drop_from_index(node);
@@ -82,6 +82,28 @@ struct node *node_child(struct node *parent, const char *name, const struct node
     RB_INSERT(node_children, &parent->children, node);
     node->indexed = true;
     return node;
+}
+
+void node_set_kind(struct node *node, const struct node_ops *ops, void *object) {
+    if (node->ops->free)
+        node->ops->free(node);
+    node->ops = ops;
+    node->object = object;
+}
+
+void node_move_child(struct node *dir, const char *name, const char *new_name) {
+    struct node *node = node_find_child(dir, name);
+    node_forget_child(dir, new_name);
+    if (!node)
+        return;
+    node_drop_from_index(node);
+    char *copy = strdup(new_name);
+    if (!copy)
+        return; /* looked up anew, as another node */
+    free(node->name);
+    node->name = copy;
+    RB_INSERT(node_children, &dir->children, node);
+    node->indexed = true;
 }
 
 void node_forget_child(struct node *parent, const char *name) {
@@ -130,6 +152,7 @@ void node_stat_init(const struct node *node, struct node_stat *ret_stat) {
 
 void handle_init(struct handle *handle, struct node *node, int flags) {
     handle->node = node_ref(node);
+    handle->ops = node->ops;
     handle->flags = flags;
     list_init(&handle->open);
 }

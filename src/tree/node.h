@@ -29,6 +29,7 @@ struct node_stat {
 /* One open of a node. Kinds that keep more than this embed it as their first member. */
 struct handle {
     struct node *node; /* a reference */
+    const struct node_ops *ops; /* of the node when it was opened: a rename may make it another kind */
     int flags;         /* of open(2) */
     struct list open;  /* the transport's own: all that are open */
 };
@@ -70,7 +71,8 @@ struct node_ops {
     void (*setattr)(struct node *node, struct handle *handle, const struct stat *want, unsigned mask,
                     struct request *rq);
 
-    void (*free)(struct node *node); /* what the kind holds beside the node itself */
+    /* Lets go of the node's object. */
+    void (*free)(struct node *node);
 };
 
 enum {
@@ -88,6 +90,7 @@ struct node {
     struct node *parent;        /* a reference; NULL: the root */
     char *name;                 /* in the parent */
     struct vm *vm;              /* a reference; NULL above a VM */
+    void *object;               /* the kind's own; its free() lets go of it */
     struct daemon *daemon;
     unsigned refs;
     unsigned held; /* requests parked on its inode: see node_child() */
@@ -124,8 +127,11 @@ struct node *node_child_private(struct node *parent, const char *name, const str
 /* The kernel has marked this child as deleted: later lookups get a fresh node. */
 void node_forget_child(struct node *parent, const char *name);
 
-/* Gives an indexed node another name in the same directory (rename), replacing who was found there. */
-int node_rename_child(struct node *node, const char *new_name);
+/* The kernel has moved a name within a directory (rename): the node that it knows as `name` is found as `new_name` from
+ * now on. node_set_kind() makes another kind of it; its former object is let go. */
+void node_move_child(struct node *dir, const char *name, const char *new_name);
+void node_set_kind(struct node *node, const struct node_ops *ops, void *object);
+struct node *node_find_child(struct node *parent, const char *name);
 
 struct node *node_ref(struct node *node);
 void node_unref(struct node *node);

@@ -26,6 +26,7 @@ struct settings {
     unsigned memory;       /* MiB; 0: what the image says */
     unsigned boot_timeout; /* ms from mkdir until running */
     unsigned timeout;      /* ms: the longest wait for an answer of a guest or a VMM */
+    unsigned scratch_timeout; /* ms that a temporary file lives without being used */
     bool verbose_boot;
     bool ephemeral; /* destroy every VM at unmount */
 };

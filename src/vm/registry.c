@@ -10,6 +10,7 @@
 #include "util/log.h"
 #include "vm/command.h"
 #include "vm/control.h"
+#include "vm/scratch.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -55,11 +56,15 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->vars = vars_new(vm);
     vm->control = control_new(vm);
     vm->commands = commands_new(vm);
+    vm->env_scratch = scratches_new(vm);
+    vm->vm_scratch = scratches_new(vm);
     vm->timer = malloc(sizeof *vm->timer);
     if (!vm->id || !vm->dir || !vm->image || !vm->vars || !vm->control || !vm->commands ||
-        !vm->timer) {
+        !vm->env_scratch || !vm->vm_scratch || !vm->timer) {
         control_free(vm->control);
         commands_free(vm->commands);
+        scratches_free(vm->env_scratch);
+        scratches_free(vm->vm_scratch);
         free(vm->timer);
         vm_unref(vm);
         return NULL;
@@ -104,8 +109,11 @@ int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
 static void vm_shut(struct vm *vm) {
     control_free(vm->control);
     commands_free(vm->commands);
+    scratches_free(vm->env_scratch);
+    scratches_free(vm->vm_scratch);
     vm->control = NULL;
     vm->commands = NULL;
+    vm->env_scratch = vm->vm_scratch = NULL;
     uv_close((uv_handle_t *)vm->timer, (uv_close_cb)free);
     vm->timer = NULL;
 }

@@ -70,6 +70,9 @@ struct var_change {
 int vars_commit(struct vars *vars, const struct var_change *changes, size_t count,
                 struct vm_wait *wait);
 
+/* Says that the guest's shells keep this name for themselves. */
+int vars_refuse_reserved(struct vm *vm, const char *name);
+
 /* Makes sure that what is known is not older than VAR_FRESH_MS. 1: it is, no wait needed; 0: `wait` is told
  * when it is; else -ERR_…. */
 int vars_refresh(struct vars *vars, struct vm_wait *wait);

@@ -304,6 +304,13 @@ void vars_saved(struct vars *vars, int status) {
         vars_batch_end(vars, status);
 }
 
+int vars_refuse_reserved(struct vm *vm, const char *name) {
+    return vm_fail(vm, -ERR_INVALID,
+                   "env/%s: the guest's shells keep this name for themselves, and setting it would end "
+                   "them",
+                   name);
+}
+
 static int vars_check(struct vars *vars, const struct var_change *changes, size_t count,
                       ssize_t *ret_growth) {
     struct vm *vm = vars->vm;
@@ -314,6 +321,8 @@ static int vars_check(struct vars *vars, const struct var_change *changes, size_
             growth -= (ssize_t)vars_pending_size(vars, c->name);
             continue;
         }
+        if (vm->guest->name_is_reserved(c->name) && !vars_pending_size(vars, c->name))
+            return vars_refuse_reserved(vm, c->name);
         if (memchr(c->bytes, 0, c->length))
             return vm_fail(vm, -ERR_INVALID,
                            "env/%s: the value has a NUL byte, which no environment variable can hold",

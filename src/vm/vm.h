@@ -71,6 +71,8 @@ struct vm {
     const struct guest_ops *guest;
     struct vmm *vmm; /* NULL when nothing runs */
     struct vars *vars;
+    struct scratches *env_scratch; /* temporary files beside the variables */
+    struct scratches *vm_scratch;  /* and beside `environ` */
     struct control *control;   /* resident shell */
     struct commands *commands; /* runs commands in the guest */
 

@@ -1,0 +1,196 @@
+#include "vm/scratch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "util/errors.h"
+#include "util/log.h"
+#include "vm/vm.h"
+
+struct scratches {
+    struct vm *vm; /* the owner */
+    struct scratch_index index;
+    size_t count, bytes;
+    uint64_t last_number;
+    uv_timer_t *timer; /* expiry; runs while there is something */
+};
+
+static int scratch_compare(struct scratch *a, struct scratch *b) {
+    return strcmp(a->name, b->name);
+}
+RB_GENERATE(scratch_index, scratch, entry, scratch_compare)
+
+struct scratches *scratches_new(struct vm *vm) {
+    struct scratches *table = calloc(1, sizeof *table);
+    if (!table)
+        return NULL;
+    table->timer = malloc(sizeof *table->timer);
+    if (!table->timer) {
+        free(table);
+        return NULL;
+    }
+    uv_timer_init(vm->daemon->loop, table->timer);
+    table->timer->data = table;
+    table->vm = vm;
+    table->last_number = SCRATCH_FIRST_NUMBER;
+    RB_INIT(&table->index);
+    return table;
+}
+
+void scratches_free(struct scratches *table) {
+    struct scratch *scratch;
+    if (!table)
+        return;
+    while ((scratch = RB_MIN(scratch_index, &table->index)))
+        scratch_remove(scratch);
+    uv_close((uv_handle_t *)table->timer, (uv_close_cb)free);
+    free(table);
+}
+
+struct scratch_index *scratches_index(struct scratches *table) {
+    return &table->index;
+}
+
+bool scratch_name_is_special(const char *name) {
+    size_t length = strlen(name);
+    return name[0] == '.' || name[0] == '#' || (length > 0 && name[length - 1] == '~');
+}
+
+struct scratch *scratch_ref(struct scratch *scratch) {
+    scratch->refs++;
+    return scratch;
+}
+
+void scratch_unref(struct scratch *scratch) {
+    if (--scratch->refs > 0)
+        return;
+    if (scratch->content.data) /* may be the value of a variable to be */
+        explicit_bzero(scratch->content.data, scratch->content.len);
+    buf_free(&scratch->content);
+    free(scratch->name);
+    free(scratch);
+}
+
+static uint64_t scratch_now(const struct scratches *table) {
+    return uv_now(table->vm->daemon->loop);
+}
+
+static void scratches_expire(uv_timer_t *timer) {
+    struct scratches *table = timer->data;
+    uint64_t life = table->vm->daemon->settings.scratch_timeout, now = scratch_now(table);
+    struct scratch *scratch, *next;
+    for (scratch = RB_MIN(scratch_index, &table->index); scratch; scratch = next) {
+        next = RB_NEXT(scratch_index, &table->index, scratch);
+        if (!scratch->open && now - scratch->used >= life) {
+            log_info("%s: a temporary file that nobody used any more is gone", table->vm->id);
+            scratch_remove(scratch);
+        }
+    }
+    if (table->count)
+        uv_timer_start(timer, scratches_expire, life / 2 + 1, 0);
+}
+
+struct scratch *scratch_find(struct scratches *table, const char *name) {
+    struct scratch key = {.name = (char *)(uintptr_t)name};
+    struct scratch *scratch = RB_FIND(scratch_index, &table->index, &key);
+    if (scratch)
+        scratch->used = scratch_now(table);
+    return scratch;
+}
+
+int scratch_make(struct scratches *table, const char *name, bool directory, mode_t mode,
+                 struct scratch **ret_scratch) {
+    if (table->count >= SCRATCH_COUNT_LIMIT)
+        return vm_fail(table->vm, -ERR_NO_ROOM, "%u temporary files are here already; remove some",
+                       SCRATCH_COUNT_LIMIT);
+    struct scratch *scratch = calloc(1, sizeof *scratch);
+    if (!scratch || !(scratch->name = strdup(name))) {
+        free(scratch);
+        return -ERR_NO_MEMORY;
+    }
+    scratch->table = table;
+    scratch->refs = 1;
+    scratch->directory = directory;
+    scratch->mode = mode & 07777;
+    scratch->uid = table->vm->daemon->uid;
+    scratch->gid = table->vm->daemon->gid;
+    scratch->number = ++table->last_number;
+    scratch->used = scratch_now(table);
+    clock_gettime(CLOCK_REALTIME, &scratch->changed);
+    scratch->read = scratch->changed;
+    RB_INSERT(scratch_index, &table->index, scratch);
+    if (table->count++ == 0)
+        uv_timer_start(table->timer, scratches_expire,
+                       table->vm->daemon->settings.scratch_timeout / 2 + 1, 0);
+    *ret_scratch = scratch;
+    return 0;
+}
+
+void scratch_remove(struct scratch *scratch) {
+    struct scratches *table = scratch->table;
+    if (!table)
+        return;
+    RB_REMOVE(scratch_index, &table->index, scratch);
+    table->bytes -= scratch->content.len;
+    if (--table->count == 0)
+        uv_timer_stop(table->timer);
+    scratch->table = NULL;
+    scratch_unref(scratch);
+}
+
+int scratch_rename(struct scratch *scratch, const char *new_name) {
+    struct scratches *table = scratch->table;
+    char *copy = strdup(new_name);
+    if (!copy || !table) {
+        free(copy);
+        return copy ? -ERR_NOT_FOUND : -ERR_NO_MEMORY;
+    }
+    struct scratch *there = scratch_find(table, new_name);
+    if (there && there != scratch)
+        scratch_remove(there);
+    RB_REMOVE(scratch_index, &table->index, scratch);
+    free(scratch->name);
+    scratch->name = copy;
+    RB_INSERT(scratch_index, &table->index, scratch);
+    return 0;
+}
+
+int scratch_resize(struct scratch *scratch, off_t size) {
+    struct scratches *table = scratch->table;
+    struct buf *content = &scratch->content;
+    size_t was = content->len;
+    if (size < 0 || size > SCRATCH_FILE_LIMIT)
+        return -ERR_TOO_LARGE;
+    if (table && (size_t)size > was && table->bytes + ((size_t)size - was) > SCRATCH_BYTES_LIMIT)
+        return -ERR_NO_ROOM;
+    static const char zeros[4096];
+    while (content->len < (size_t)size && !content->failed) {
+        size_t more = (size_t)size - content->len;
+        buf_append(content, zeros, more < sizeof zeros ? more : sizeof zeros);
+    }
+    if (content->failed) {
+        content->failed = 0;
+        content->len = was;
+        return -ERR_NO_MEMORY;
+    }
+    content->len = (size_t)size;
+    if (table)
+        table->bytes = table->bytes - was + content->len;
+    clock_gettime(CLOCK_REALTIME, &scratch->changed);
+    return 0;
+}
+
+int scratch_write(struct scratch *scratch, const char *data, size_t length, off_t offset) {
+    if (offset < 0 || offset > SCRATCH_FILE_LIMIT || length > SCRATCH_FILE_LIMIT)
+        return -ERR_TOO_LARGE;
+    size_t end = (size_t)offset + length;
+    int r = end > scratch->content.len ? scratch_resize(scratch, (off_t)end) : 0;
+    if (r < 0)
+        return r;
+    if (length)
+        memcpy(scratch->content.data + offset, data, length);
+    if (scratch->table)
+        scratch->used = scratch_now(scratch->table);
+    clock_gettime(CLOCK_REALTIME, &scratch->changed);
+    return 0;
+}
