@@ -108,8 +108,6 @@ static void process_watch_signals(struct process *p) {
 
 static void process_settle_step(uv_timer_t *timer) {
     struct process *p = timer->data;
-    uint64_t *left = uv_handle_get_data((uv_handle_t *)timer) ? &p->daemon.requests : NULL;
-    (void)left;
     p->settled = true;
 }
 
@@ -220,8 +218,6 @@ static int process_fork(struct process *p) {
 
 static bool process_prepare(struct process *p, struct options *options) {
     cleanup_free char *why = NULL;
-    p->daemon.settings = options->settings;
-    p->daemon.lock_fd = -1;
     if (!options_check(options))
         return false;
     if (vmm_find(options->settings.backend, &p->daemon.backend, &why) < 0) {
@@ -243,6 +239,8 @@ int main(int argc, char **argv) {
     int status = EXIT_FAILURE;
 
     bool ok = options_parse(argc, argv, &options);
+    p->daemon.settings = options.settings;
+    p->daemon.lock_fd = -1;
     if (ok && options.help) {
         options_print_help();
         fuse_channel_print_options();
@@ -258,8 +256,8 @@ int main(int argc, char **argv) {
             if (status < 0)
                 status = chdir("/") < 0 ? EXIT_FAILURE : process_run(p);
         }
-        process_free(p);
     }
+    process_free(p);
     options_free_arguments(&options);
     return status;
 }

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "util/cleanup.h"
@@ -41,6 +42,7 @@ static const struct fuse_opt option_table[] = {
     TEXT(boot_timeout),
     TEXT(timeout),
     TEXT(scratch_timeout),
+    TEXT(env_file),
     FLAG("ephemeral", ephemeral),
     FLAG("-f", foreground),
     FLAG("-d", debug),
@@ -73,6 +75,8 @@ void options_print_help(void) {
            "    -o boot_timeout=S    longest time from mkdir to running (%d)\n"
            "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
            "    -o scratch_timeout=S how long temporary files in env/ live unused (%d)\n"
+           "    -o env_file=PATH     the variables' file in the guest (" GUEST_ENV_FILE
+           ")\n"
            "    -o ephemeral         destroy all VMs at unmount\n"
            "\n"
            "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console.\n"
@@ -169,11 +173,25 @@ static char *text_or(const char *text, const char *variable, const char *fallbac
     return strdup(text ? text : set && set[0] ? set : fallback);
 }
 
+/* An absolute path without `.`, `..`, empty parts or control characters. */
+static bool is_guest_path(const char *path) {
+    for (const char *part = path; *part == '/'; part += strcspn(part, "/")) {
+        size_t length = strcspn(++part, "/");
+        if (length == 0 || length > 255 || (part[0] == '.' && (length == 1 || (length == 2 && part[1] == '.'))))
+            return false;
+    }
+    for (const char *c = path; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            return false;
+    return path[0] == '/' && path[1] && strlen(path) < PATH_MAX;
+}
+
 static bool options_take(const struct raw_options *raw, struct settings *s) {
     s->state_dir = raw->state ? absolute_path(raw->state) : default_state_dir();
     s->images_dir = raw->images ? absolute_path(raw->images) : NULL;
     s->image = text_or(raw->image, NULL, DEFAULT_IMAGE);
     s->backend = text_or(raw->backend, "VMSFS_BACKEND", DEFAULT_BACKEND);
+    s->env_file = text_or(raw->env_file, NULL, GUEST_ENV_FILE);
     s->verbose_boot = is_yes(getenv("VMSFS_VERBOSE_BOOT"));
     s->ephemeral = raw->ephemeral;
     if (!s->state_dir) {
@@ -182,8 +200,13 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
     }
     s->runtime_dir = runtime_dir(s->state_dir);
     s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
-    if (!s->image || !s->backend || !s->runtime_dir || !s->mountpoint) {
+    if (!s->env_file || !s->image || !s->backend || !s->runtime_dir || !s->mountpoint) {
         fprintf(stderr, "vmsfs: out of memory\n");
+        return false;
+    }
+    if (!is_guest_path(s->env_file)) {
+        fprintf(stderr, "vmsfs: -o env_file=%s: takes the absolute path of a file in the guest\n",
+                s->env_file);
         return false;
     }
     if (!option_number("vcpus", raw->vcpus, 1, 64, 0, &s->vcpus) ||
@@ -251,10 +274,15 @@ void options_free_arguments(struct options *options) {
 
 static bool check_mountpoint(const char *path) {
     struct stat st;
+    struct statfs fs;
     if (strncmp(path, "/dev/fd/", 8) == 0)
         return true;
-    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
-        return true;
+    /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its daemon lives. */
+    if (stat(path, &st) == 0 && statfs(path, &fs) == 0) {
+        if (S_ISDIR(st.st_mode))
+            return true;
+        errno = ENOTDIR;
+    }
     if (errno == ENOTCONN)
         fprintf(stderr,
                 "vmsfs: %s is the mount of a daemon that has died: clear it away with "

@@ -154,7 +154,7 @@ def sanitizers_are_silent():
 def pytest_sessionfinish(session):
     SHARED.clear()
     logs = harness.RUN.sanitizer_logs()
-    problems = SHARED.problems + [f"{name}: {text}" for name, text in logs.items()]
+    problems = SHARED.problems + [f"{name}: {text[:500]}" for name, text in logs.items()]
     left = harness.processes_with(harness.RUN.path + "/")
     if left and not harness.RUN.given:
         problems.append(f"processes are left: {left}")

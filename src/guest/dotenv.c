@@ -37,10 +37,14 @@ void dotenv_format(struct buf *out, const struct env_var *vars, size_t count) {
 
 /* --- Errors --- */
 
-/* `what` is a constant: nothing of the text but the name gets into an error. */
+static bool is_at_nul(const struct scan *s) {
+    return s->cut && s->at == s->end;
+}
+
+/* `what` is a constant: nothing of the text but the name gets into an error. What ran into a NUL is
+ * bad for that reason, whatever it lacks. */
 static int fail(struct scan *s, const char *what) {
-    bool at_nul = s->cut && s->at == s->end;
-    if (at_nul)
+    if (is_at_nul(s))
         what = "a NUL byte, which no variable can hold: write text only";
     *s->error = (struct dotenv_error){.line = s->line};
     if (s->name)
@@ -96,15 +100,16 @@ static size_t line_end(const struct scan *s) {
     return newline ? (size_t)(newline - s->text) : s->end;
 }
 
-/* Whether the `$` or the backquote at `at` is one that sh would expand. `joined`: a backslash and a
- * newline vanish first, as in sh ("$\<newline>HOME" is an expansion). */
-static bool is_expansion(const char *text, size_t at, size_t end, bool joined) {
+/* Whether a `$` or a backquote is at `at` that sh would expand. A backslash and a newline behind
+ * the
+ * `$` vanish first, as in sh: "$\<newline>HOME" is an expansion. */
+static bool is_expansion(const char *text, size_t at, size_t end) {
     if (text[at] == '`')
         return true;
     if (text[at] != '$')
         return false;
     at++;
-    while (joined && end - at >= 2 && text[at] == '\\' && text[at + 1] == '\n')
+    while (end - at >= 2 && text[at] == '\\' && text[at + 1] == '\n')
         at += 2;
     return at < end &&
            (is_name_start((unsigned char)text[at]) || text[at] == '{' || text[at] == '(');
@@ -149,7 +154,7 @@ static void double_quotes_escape(struct scan *s, char c) {
 static int double_quotes_read(struct scan *s) {
     while (s->at < s->end) {
         char c = s->text[s->at];
-        if (is_expansion(s->text, s->at, s->end, true))
+        if (is_expansion(s->text, s->at, s->end))
             return fail_expansion(s);
         s->at++;
         if (c == '"')
@@ -179,7 +184,7 @@ static int word_read(struct scan *s) {
     int status = 0;
     buf_clear(&s->value);
     while (status == 0 && !is_line_end(s) && !strchr(" \t;&|<>()", s->text[s->at])) {
-        if (is_expansion(s->text, s->at, s->end, true))
+        if (is_expansion(s->text, s->at, s->end))
             return fail_expansion(s);
         char c = s->text[s->at++];
         if (c == '\'')
@@ -217,16 +222,16 @@ static int bare_read(struct scan *s, struct env_var *ret_var) {
     s->at = end;
     if (end > start && s->text[end - 1] == '\r')
         end--;
-    while (comment < end && !(is_blank(s->text[comment]) && comment + 1 < end &&
-                              s->text[comment + 1] == '#'))
+    while (comment < end &&
+           !(is_blank(s->text[comment]) && comment + 1 < end && s->text[comment + 1] == '#'))
         comment++;
     end = comment;
     while (end > start && is_blank(s->text[end - 1]))
         end--;
     if (end > start && is_blank(s->text[start]))
-        return fail(s, "no blanks around = please: write KEY='value'");
+        return fail(s, "no blanks around =: write KEY='value'");
     for (size_t i = start; i < end; i++) {
-        if (!is_expansion(s->text, i, end, false))
+        if (!is_expansion(s->text, i, end))
             continue;
         s->at = i;
         return fail_expansion(s);
@@ -251,7 +256,7 @@ static int fail_name(struct scan *s, bool is_export) {
     if (is_name && peek(s) == '=') {
         s->name = s->text + name_at;
         s->name_length = name_end - name_at;
-        return fail(s, "no blanks around = please: write KEY='value'");
+        return fail(s, "no blanks around =: write KEY='value'");
     }
     if (is_name && is_export && (is_line_end(s) || (peek(s) == '#' && s->at > name_end))) {
         s->name = s->text + name_at;
@@ -307,7 +312,7 @@ static int statement_read(struct scan *s, dotenv_var *on_var, void *arg) {
     blanks_skip(s);
     if (peek(s) == '#' || is_line_end(s)) {
         s->at = line_end(s);
-        return s->at == s->end && s->cut ? fail(s, "") : 0;
+        return is_at_nul(s) ? fail(s, NULL) : 0;
     }
     int status = name_read(s);
     if (status < 0)
@@ -317,8 +322,8 @@ static int statement_read(struct scan *s, dotenv_var *on_var, void *arg) {
     status = is_quoted ? quoted_read(s, &var) : bare_read(s, &var);
     if (status < 0)
         return status;
-    if (s->at == s->end && s->cut)
-        return fail(s, "");
+    if (is_at_nul(s))
+        return fail(s, NULL);
     return on_var(arg, &var);
 }
 

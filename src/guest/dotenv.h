@@ -5,10 +5,10 @@
 
 #include "guest/env_file.h"
 
-/* The text of `ID/environ`: all variables of a VM, one `KEY='value'` a line. What is printed is both
+/* The text of `ID/environ`: all variables of a VM, one `KEY='value'` a line. What is printed is
  * valid sh, so that `. /vms/ID/environ` sets them, and valid dotenv. What is read is that, and the
- * .env files that people and tools have lying around. Pure functions on (pointer, length): no I/O,
- * no state.
+ * .env files that people and tools have at hand. Pure functions on (pointer, length): no I/O, no
+ * state.
  *
  * A statement is: optional blanks, optional `export` and blanks, NAME, `=`, a value, the end of the
  * line (LF, CR LF or the end of the text). Blank lines, lines whose first non-blank is `#` and a
@@ -38,7 +38,7 @@ struct dotenv_error {
     unsigned line; /* from 1: where the bad statement begins */
 
     /* What is wrong and what to do, in one line of ASCII. The name if it is known, but never a
-     * part of the value, nor a line that may be one: values are secrets, and this text is logged. */
+     * part of the value, nor a line that may be one: values are secrets, this text is logged. */
     char text[160];
 
     /* A text that came in pieces may go on, and these say that more of it can mend the error, which

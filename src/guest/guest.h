@@ -11,6 +11,10 @@
 
 #define GUEST_ENV_FILE "/etc/profile.d/vmsfs_env.sh"
 
+/* Exit statuses of scripts. */
+#define GUEST_CHANGED 75
+#define GUEST_ABSENT 76
+
 struct guest_ops {
     const char *name;
 
@@ -22,10 +26,15 @@ struct guest_ops {
      * all that comes behind in the file. */
     bool (*name_is_reserved)(const char *name);
 
-    /* Scripts for requests. Replaces the file at `path` by these bytes, atomically; prints why not. */
-    void (*file_replace)(struct buf *out, const char *path, const char *bytes, size_t length);
-    /* Prints the file at `path`; nothing when there is none. */
-    void (*file_read)(struct buf *out, const char *path);
+    /* Scripts for requests. They watch the env file, so that what others change in it is not
+     * overwritten unseen.
+     *
+     * Prints the file and remembers it as seen: exit status 0, or GUEST_ABSENT when there is none. */
+    void (*env_read)(struct buf *out, const char *path);
+    /* Replaces the file by these bytes, atomically. GUEST_CHANGED when it is not the one that was seen (`absent`: none was);
+     * then nothing has been done. Any other status but 0: it prints why not, and the old file is there. */
+    void (*env_replace)(struct buf *out, const char *path, const char *bytes, size_t length,
+                        bool absent);
     /* Sends TERM, or with `hard` KILL, to the command whose first process is `pid`, and to all that came of it. */
     void (*command_signal)(struct buf *out, long pid, bool hard);
 

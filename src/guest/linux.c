@@ -16,8 +16,9 @@ static void linux_quoted(struct buf *out, const char *s) {
 }
 
 static void linux_control_shell(struct buf *out) {
-    /* LC_ALL=C: bytes are bytes. What fails must not end the shell; a closed input does. */
-    buf_append_str(out, "umask 022; exec env LC_ALL=C /bin/sh");
+    /* LC_ALL=C: bytes are bytes. $VMSFS_SEEN: see linux_env_read(). */
+    buf_append_str(out, "umask 022; d=/run; [ -w $d ] || d=$(mktemp -d) || exit 1; "
+                        "exec env LC_ALL=C VMSFS_SEEN=$d/vmsfs-seen.$$ /bin/sh");
 }
 
 static void linux_control_request(struct buf *out, const char *nonce, const char *script,
@@ -37,30 +38,45 @@ static bool linux_name_is_reserved(const char *name) {
     return false;
 }
 
-static void linux_file_replace(struct buf *out, const char *path, const char *bytes,
-                               size_t length) {
-    cleanup_buf struct buf temporary = {0};
-    buf_printf(&temporary, "%s.tmp", path);
-    buf_append_str(out, "printf %s ");
-    env_quote(out, bytes, length);
-    buf_append_str(out, " >");
-    linux_quoted(out, temporary.data);
-    buf_append_str(out, " && mv -f ");
-    linux_quoted(out, temporary.data);
-    buf_append_char(out, ' ');
-    linux_quoted(out, path);
-    buf_append_str(out, " || { rm -f ");
-    linux_quoted(out, temporary.data);
-    buf_append_str(out, "; false; }");
-    out->failed |= temporary.failed;
+/* The file that was seen last is held open as descriptor 7, so that its inode number is not given to another: a
+ * file that has come by rename is told from it by -ef. One that was changed in place is newer than $VMSFS_SEEN, a file
+ * made when it was seen. busybox compares whole seconds; so a reading first sets the times of both to one long past, and any
+ * change after that is newer. (Our own update cannot do so without another fork; that is why a reading follows it
+ * when there is time.) Only built-ins otherwise, which cost no fork; `command` and `true`,
+ * because a special built-in whose redirection fails ends the shell (POSIX, 2.8.1). */
+static void linux_env_read(struct buf *out, const char *path) {
+    cleanup_buf struct buf target = {0};
+    linux_quoted(&target, path);
+    out->failed |= target.failed;
+    if (!out->failed)
+        buf_printf(out,
+                   "if ! [ -e %s ]; then command exec 7<&-; (exit %d); "
+                   "elif command exec 7<%s; then true >\"$VMSFS_SEEN\"; "
+                   "touch -r /etc/passwd %s \"$VMSFS_SEEN\" 2>/dev/null; cat <&7; else false; fi",
+                   target.data, GUEST_ABSENT, target.data, target.data);
 }
 
-static void linux_file_read(struct buf *out, const char *path) {
-    buf_append_str(out, "if [ -e ");
-    linux_quoted(out, path);
-    buf_append_str(out, " ]; then cat ");
-    linux_quoted(out, path);
-    buf_append_str(out, "; fi");
+static void linux_env_replace(struct buf *out, const char *path, const char *bytes, size_t length,
+                              bool absent) {
+    cleanup_buf struct buf target = {0}, temporary = {0};
+    linux_quoted(&target, path);
+    buf_printf(&temporary, "%s.tmp", path);
+    cleanup_buf struct buf t = {0};
+    linux_quoted(&t, temporary.data);
+    out->failed |= target.failed | temporary.failed | t.failed;
+    if (out->failed)
+        return;
+    if (absent)
+        buf_printf(out, "if [ -e %s ]", target.data);
+    else
+        buf_printf(out, "if ! [ %s -ef /proc/$$/fd/7 ] || [ %s -nt \"$VMSFS_SEEN\" ]", target.data,
+                   target.data);
+    buf_printf(out, "; then (exit %d); elif printf %%s ", GUEST_CHANGED);
+    env_quote(out, bytes, length);
+    buf_printf(out,
+               " >%s && mv -f %s %s; then command exec 7<%s; true >\"$VMSFS_SEEN\"; true; "
+               "else rm -f %s; false; fi",
+               t.data, t.data, target.data, target.data, t.data);
 }
 
 static void linux_command_signal(struct buf *out, long pid, bool hard) {
@@ -132,8 +148,8 @@ const struct guest_ops guest_linux = {
     .control_shell = linux_control_shell,
     .control_request = linux_control_request,
     .name_is_reserved = linux_name_is_reserved,
-    .file_replace = linux_file_replace,
-    .file_read = linux_file_read,
+    .env_read = linux_env_read,
+    .env_replace = linux_env_replace,
     .command_signal = linux_command_signal,
     .command_shell = linux_command_shell,
     .command_start = linux_command_start,

@@ -23,6 +23,7 @@ static void env_stat(const struct node *node, struct node_stat *ret_stat) {
 static int env_lookup(struct node *dir, const char *name, struct node **ret_node) {
     if (dir->vm->gone)
         return -ERR_NOT_FOUND;
+    vars_touch(dir->vm->vars);
     struct scratch *scratch = scratch_find(dir->vm->env_scratch, name);
     if (!scratch && !vars_find(dir->vm->vars, name))
         return -ERR_NOT_FOUND;
@@ -35,6 +36,9 @@ static int env_lookup(struct node *dir, const char *name, struct node **ret_node
 
 static int env_list(struct node *dir, struct node_list *list) {
     struct var *var;
+    if (dir->vm->gone)
+        return -ERR_GONE;
+    vars_touch(dir->vm->vars);
     RB_FOREACH(var, var_index, vars_index(dir->vm->vars)) {
         int r = node_list_add(list, var->name, S_IFREG, node_inode(dir->vm, var->number));
         if (r < 0)

@@ -20,6 +20,7 @@ static void env_key_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->entry_seconds = 0; /* a name may come and go in the guest, or get another node */
     ret_stat->attr_seconds = 0;
+    ret_stat->listed_seconds = 1; /* `ls -l` asks for each next */
     ret_stat->st.st_mode = S_IFREG | 0600;
     if (!var) { /* removed, and still open */
         ret_stat->st.st_nlink = 0;
@@ -159,7 +160,7 @@ static void env_open_end(struct env_open *o, int status) {
     struct request *rq = o->rq;
     free(o);
     if (status == 0 && !env_key_var(h->handle.node))
-        status = -ERR_NOT_FOUND; /* unset in the guest meanwhile */
+        status = -ERR_STALE; /* unset in the guest meanwhile: the kernel looks it up again */
     if (status < 0) {
         env_key_release(&h->handle);
         request_answer(rq, status);
@@ -182,7 +183,8 @@ static void env_open_cancel(struct request *rq, int status, void *arg) {
 
 static void env_key_open(struct node *node, int flags, struct request *rq) {
     if (node->vm->gone || !env_key_var(node)) {
-        request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_NOT_FOUND);
+        /* The kernel may keep the name for a moment after it has gone; told this, it looks again. */
+        request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_STALE);
         return;
     }
     struct env_open *o = calloc(1, sizeof *o);
@@ -281,25 +283,54 @@ static void env_key_fsync(struct handle *handle, struct request *rq) {
         request_answer(rq, 0);
 }
 
-static void env_key_release(struct handle *handle) {
-    struct env_handle *h = (struct env_handle *)handle;
-    struct node *node = handle->node;
+static void env_handle_free(struct env_handle *h) {
+    struct node *node = h->handle.node;
     if (!node->vm->gone) {
-        bool empty = (h->truncating || h->creating) && !h->wrote;
         env_handle_untruncate(h);
-        if (empty || h->dirty) {
-            /* Nobody is there to be told; a failure is in `error` and in the log. */
-            struct var_change set = {.name = node->name,
-                                     .bytes = h->content.data ? h->content.data : "",
-                                     .length = h->content.len};
-            vars_commit(node->vm->vars, &set, 1, NULL);
-        }
         if (h->creating)
             vars_uncreate(node->vm->vars, node->name);
     }
     buf_free(&h->content);
-    handle_done(handle);
+    handle_done(&h->handle);
     free(h);
+}
+
+/* A handle that is closed with something to commit. Nobody is there to be told the verdict: a failure is in `error` and in
+ * the log. Until then the name is there, and reads as the handle left it. */
+struct env_parting {
+    struct vm_wait wait;
+    struct env_handle *h;
+};
+
+static void env_parting_done(struct vm_wait *wait, int status) {
+    struct env_parting *parting = LIST_OWNER(wait, struct env_parting, wait);
+    (void)status;
+    env_handle_free(parting->h);
+    free(parting);
+}
+
+static void env_key_release(struct handle *handle) {
+    struct env_handle *h = (struct env_handle *)handle;
+    struct node *node = handle->node;
+    bool empty = (h->truncating || h->creating) && !h->wrote;
+    struct env_parting *parting = NULL;
+    if (!node->vm->gone && (empty || h->dirty))
+        parting = calloc(1, sizeof *parting);
+    if (!parting) {
+        env_handle_free(h);
+        return;
+    }
+    list_remove(&handle->open); /* the transport has nothing to do with it any more */
+    parting->wait.done = env_parting_done;
+    list_init(&parting->wait.link);
+    parting->h = h;
+    struct var_change set = {.name = node->name,
+                             .bytes = h->content.data ? h->content.data : "",
+                             .length = h->content.len};
+    if (vars_commit(node->vm->vars, &set, 1, &parting->wait) < 0) {
+        env_handle_free(h);
+        free(parting);
+    }
 }
 
 static void env_key_set_size(struct node *node, struct env_handle *h, off_t size,
@@ -336,7 +367,7 @@ static void env_key_setattr(struct node *node, struct handle *handle, const stru
                             unsigned mask, struct request *rq) {
     struct var *var = env_key_var(node);
     if (!var) {
-        request_answer(rq, -ERR_NOT_FOUND);
+        request_answer(rq, -ERR_STALE);
         return;
     }
     if (mask & NODE_SET_MODE)

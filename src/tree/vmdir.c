@@ -1,7 +1,12 @@
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include "tree/environ.h"
+#include "tree/scratch.h"
 #include "tree/tree.h"
 #include "util/errors.h"
+#include "util/cleanup.h"
 #include "vm/vm.h"
 
 /* ID/: the files and directories of one VM, a static table. */
@@ -31,6 +36,7 @@ static bool vmdir_ssh_config(struct vm *vm, struct buf *out) {
 static const struct node_row vmdir_rows[] = {
     {"console", S_IFREG | 0400, &console_ops, NULL},
     {"env", S_IFDIR | 0700, &env_ops, NULL},
+    {"environ", S_IFREG | 0600, &environ_ops, NULL},
     {"error", S_IFREG | 0444, &text_ops, vmdir_error},
     {"exec", S_IFREG | 0600, &exec_ops, NULL},
     {"info", S_IFREG | 0444, &text_ops, vmdir_info},
@@ -62,8 +68,13 @@ static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
 
 static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_node) {
     const struct node_row *row = vmdir_row(name);
-    if (!row || dir->vm->gone)
+    if (dir->vm->gone)
         return -ERR_NOT_FOUND;
+    if (!row) {
+        struct scratch *scratch = scratch_find(dir->vm->vm_scratch, name);
+        *ret_node = scratch ? scratch_node(dir, scratch) : NULL;
+        return !scratch ? -ERR_NOT_FOUND : *ret_node ? 0 : -ERR_NO_MEMORY;
+    }
     /* Each use of exec has an inode to itself: a held WRITE locks its inode, and the kernel keeps one file position
      * for all who share an open file. */
     struct node *node = row->ops == &exec_ops
@@ -82,13 +93,77 @@ static int vmdir_list(struct node *dir, struct node_list *list) {
         if (r < 0)
             return r;
     }
-    return 0;
+    return dir->vm->gone ? 0 : scratch_list(dir, dir->vm->vm_scratch, list);
+}
+
+/* Temporary files of tools that replace `environ`. */
+static void vmdir_create(struct node *dir, const char *name, int flags, mode_t mode,
+                         struct request *rq) {
+    if (dir->vm->gone)
+        request_answer(rq, -ERR_GONE);
+    else if (scratch_is_wanted(name, flags) || scratch_find(dir->vm->vm_scratch, name))
+        scratch_create(dir, dir->vm->vm_scratch, name, flags, mode, rq);
+    else
+        request_answer(rq, -ERR_NOT_PERMITTED);
+}
+
+/* Lock directories have names that no built-in one will ever have. */
+static void vmdir_mkdir(struct node *dir, const char *name, mode_t mode, struct request *rq) {
+    if (dir->vm->gone)
+        request_answer(rq, -ERR_GONE);
+    else if (strchr(name, '.'))
+        scratch_mkdir(dir, dir->vm->vm_scratch, name, mode, rq);
+    else
+        request_answer(rq, -ERR_NOT_PERMITTED);
+}
+
+/* `sed -i.bak` moves environ away before it puts the new one there: the other name gets a copy. */
+static int vmdir_copy_environ(struct node *dir, const char *new_name) {
+    cleanup_buf struct buf text = {0};
+    struct scratch *copy = scratch_find(dir->vm->vm_scratch, new_name);
+    int r = environ_print(dir->vm, &text);
+    if (r == 0 && !copy)
+        r = scratch_make(dir->vm->vm_scratch, new_name, false, 0600, &copy);
+    if (r == 0)
+        r = scratch_resize(copy, 0);
+    return r < 0 ? r : scratch_write(copy, text.data ? text.data : "", text.len, 0);
+}
+
+static void vmdir_rename(struct node *dir, const char *name, struct node *new_dir,
+                         const char *new_name, unsigned flags, struct request *rq) {
+    const struct node_row *from = vmdir_row(name), *to = vmdir_row(new_name);
+    struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
+    if (new_dir->ops != dir->ops || new_dir->vm != dir->vm) {
+        request_answer(rq, -ERR_CROSS_DEVICE);
+    } else if (!scratch && !from) {
+        request_answer(rq, -ERR_NOT_FOUND);
+    } else if (from && from->ops == &environ_ops && !to && flags == 0) {
+        int r = vmdir_copy_environ(dir, new_name);
+        node_forget_child(dir, name);
+        request_answer(rq, r);
+    } else if (from || (to && (to->ops != &environ_ops || (flags & RENAME_EXCHANGE)))) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
+    } else if (to) {
+        if (flags & RENAME_NOREPLACE)
+            request_answer(rq, -ERR_EXISTS);
+        else if (scratch->directory)
+            request_answer(rq, -ERR_NOT_A_DIRECTORY);
+        else
+            environ_take_scratch(dir, scratch, to, rq);
+    } else {
+        scratch_rename_node(dir, dir->vm->vm_scratch, scratch, new_name, flags, rq);
+    }
 }
 
 /* Removing a built-in file succeeds and changes nothing, so that `rm -r ID` gets to the rmdir that
  * destroys the VM. The kernel takes the inode for dead, though: the next lookup has to give a new one. */
 static void vmdir_unlink(struct node *dir, const char *name, struct request *rq) {
     const struct node_row *row = vmdir_row(name);
+    struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
+    if (scratch) {
+        scratch_unlink(dir, scratch, false, rq);
+        return;
+    }
     if (row && S_ISDIR(row->mode)) {
         request_answer(rq, -ERR_IS_A_DIRECTORY);
         return;
@@ -99,6 +174,11 @@ static void vmdir_unlink(struct node *dir, const char *name, struct request *rq)
 
 static void vmdir_rmdir(struct node *dir, const char *name, struct request *rq) {
     const struct node_row *row = vmdir_row(name);
+    struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
+    if (scratch) {
+        scratch_unlink(dir, scratch, true, rq);
+        return;
+    }
     if (row && !S_ISDIR(row->mode)) {
         request_answer(rq, -ERR_NOT_A_DIRECTORY);
         return;
@@ -111,6 +191,9 @@ const struct node_ops vmdir_ops = {
     .stat = vmdir_stat,
     .lookup = vmdir_lookup,
     .list = vmdir_list,
+    .create = vmdir_create,
+    .mkdir = vmdir_mkdir,
+    .rename = vmdir_rename,
     .unlink = vmdir_unlink,
     .rmdir = vmdir_rmdir,
     .setattr = node_setattr_ignore,

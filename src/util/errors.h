@@ -22,6 +22,7 @@
     X(UNSUPPORTED, EOPNOTSUPP, "this backend cannot do that")                                      \
     X(INTERRUPTED, EINTR, "interrupted")                                                           \
     X(NOT_PERMITTED, EPERM, "not a thing that can be done to this file")                           \
+    X(STALE, ESTALE, "the name has gone: look it up again")                                        \
     X(CROSS_DEVICE, EXDEV, "only within one directory")                                            \
     X(NOT_A_DIRECTORY, ENOTDIR, "not a directory")                                                 \
     X(IS_A_DIRECTORY, EISDIR, "is a directory")                                                    \

@@ -71,6 +71,18 @@ static int boot_host_key(struct vm_boot *boot, struct buf *ret_private) {
     return r < 0 ? boot_fail(boot, "cannot write", known_hosts, r) : 0;
 }
 
+/* The env file with the folders above it. */
+static int boot_archive_env(struct vm_boot *boot, struct buf *out) {
+    cleanup_free char *path = strdup(boot->settings->env_file + 1);
+    int r = path ? 0 : -ENOMEM;
+    for (char *slash = path; r == 0 && (slash = strchr(slash, '/')); slash++) {
+        *slash = '\0';
+        r = cpio_add(out, path, S_IFDIR | 0755, NULL, 0);
+        *slash = '/';
+    }
+    return r < 0 ? r : cpio_add(out, path, S_IFREG | 0644, boot->env.data, boot->env.len);
+}
+
 /* The archive with what is particular to this VM (design, section 3: at boot). */
 static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct buf *out) {
     cleanup_buf struct buf hostname = {0};
@@ -83,8 +95,6 @@ static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct
     } members[] = {
         {"etc", S_IFDIR | 0755, NULL, 0},
         {"etc/hostname", S_IFREG | 0644, hostname.data, hostname.len},
-        {"etc/profile.d", S_IFDIR | 0755, NULL, 0},
-        {"etc/profile.d/vmsfs_env.sh", S_IFREG | 0644, boot->env.data, boot->env.len},
         {"etc/ssh", S_IFDIR | 0755, NULL, 0},
         {"etc/ssh/ssh_host_ed25519_key", S_IFREG | 0600, host_key->data, host_key->len},
         {"root", S_IFDIR | 0700, NULL, 0},
@@ -94,6 +104,8 @@ static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct
     int r = 0;
     for (size_t i = 0; i < sizeof members / sizeof *members && r == 0; i++)
         r = cpio_add(out, members[i].path, members[i].mode, members[i].data, members[i].length);
+    if (r == 0 && boot->env.len)
+        r = boot_archive_env(boot, out);
     cpio_end(out);
     return r < 0 || out->failed ? boot_fail(boot, "no memory for", boot->id, -ENOMEM) : 0;
 }

@@ -346,7 +346,7 @@ static struct command_shell *shell_open(struct commands *commands) {
         .data = shell_data, .exited = shell_exited, .closed = shell_over};
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
-    commands->vm->guest->command_shell(&text, GUEST_ENV_FILE);
+    commands->vm->guest->command_shell(&text, commands->vm->daemon->settings.env_file);
     if (!shell || text.failed) {
         free(shell);
         return NULL;

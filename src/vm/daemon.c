@@ -187,6 +187,7 @@ void daemon_free(struct daemon *d) {
     free(d->settings.state_dir);
     free(d->settings.runtime_dir);
     free(d->settings.images_dir);
+    free(d->settings.env_file);
     free(d->settings.image);
     free(d->settings.backend);
 }

@@ -34,9 +34,9 @@ static json_t *record_make(struct vm *vm) {
         json_decref(vmm);
         return NULL;
     }
-    return json_pack("{s:i, s:s, s:I, s:s, s:b, s:s, s:i, s:i, s:I, s:I, s:s*, s:s*, s:o*, s:o}",
+    return json_pack("{s:i, s:s, s:I, s:s, s:b, s:b, s:s, s:i, s:i, s:I, s:I, s:s*, s:s*, s:o*, s:o}",
                      "version", RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number, "state",
-                     vm_state_name(vm->state), "attached", vm->attached, "image", vm->image, "vcpus",
+                     vm_state_name(vm->state), "attached", vm->attached, "owned", vars_are_owned(vm->vars), "image", vm->image, "vcpus",
                      (int)vm->vcpus, "memory", (int)vm->memory, "created",
                      (json_int_t)vm->created.tv_sec, "booted_ms", (json_int_t)vm->booted_ms, "user",
                      vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL, "vmm", vmm, "variables",
@@ -179,7 +179,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
                                          strlen(record_text(record, "state")))
                     : VM_STOPPED;
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
-    int r = vars_load(vm->vars, json_object_get(record, "variables"));
+    int r = vars_load(vm->vars, json_object_get(record, "variables"),
+                      json_is_true(json_object_get(record, "owned")));
     if (r < 0)
         vm_fail(vm, r, "%s: the variables in %s cannot be read", vm->id, path);
     record_adopt(vm, record);

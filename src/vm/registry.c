@@ -111,6 +111,7 @@ static void vm_shut(struct vm *vm) {
     commands_free(vm->commands);
     scratches_free(vm->env_scratch);
     scratches_free(vm->vm_scratch);
+    vars_shut(vm->vars);
     vm->control = NULL;
     vm->commands = NULL;
     vm->env_scratch = vm->vm_scratch = NULL;

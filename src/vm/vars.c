@@ -19,12 +19,20 @@ struct vars *vars_new(struct vm *vm) {
     struct vars *vars = calloc(1, sizeof *vars);
     if (!vars)
         return NULL;
+    vars->poll = malloc(sizeof *vars->poll);
+    if (!vars->poll) {
+        free(vars);
+        return NULL;
+    }
+    uv_timer_init(vm->daemon->loop, vars->poll);
+    vars->poll->data = vars;
     vars->vm = vm;
     vars->last_number = VAR_FIRST_NUMBER;
     RB_INIT(&vars->index);
     list_init(&vars->queued);
     list_init(&vars->refresh_waits);
     clock_gettime(CLOCK_REALTIME, &vars->changed);
+    vars->written = vars->changed;
     return vars;
 }
 
@@ -36,15 +44,26 @@ static void var_free(struct var *var) {
     free(var);
 }
 
-void vars_free(struct vars *vars) {
+static void vars_clear(struct vars *vars) {
     struct var *var;
-    if (!vars)
-        return;
-    vars_fail_all(vars, -ERR_GONE);
     while ((var = RB_MIN(var_index, &vars->index))) {
         RB_REMOVE(var_index, &vars->index, var);
         var_free(var);
     }
+}
+
+void vars_shut(struct vars *vars) {
+    vars_fail_all(vars, -ERR_GONE);
+    uv_close((uv_handle_t *)vars->poll, (uv_close_cb)free);
+    vars->poll = NULL;
+}
+
+void vars_free(struct vars *vars) {
+    if (!vars)
+        return;
+    if (vars->poll)
+        vars_shut(vars);
+    vars_clear(vars);
     buf_free(&vars->kept);
     free(vars);
 }
@@ -55,6 +74,10 @@ struct var_index *vars_index(struct vars *vars) {
 
 const struct timespec *vars_changed(const struct vars *vars) {
     return &vars->changed;
+}
+
+const struct timespec *vars_written(const struct vars *vars) {
+    return &vars->written;
 }
 
 struct var *vars_find(struct vars *vars, const char *name) {
@@ -130,6 +153,7 @@ int vars_set(struct vars *vars, const char *name, const char *bytes, size_t leng
     var->set = true;
     vars->total += strlen(name) + length;
     clock_gettime(CLOCK_REALTIME, &var->changed);
+    vars->written = var->changed;
     vars->generation++;
     return 0;
 }
@@ -143,6 +167,7 @@ void vars_unset(struct vars *vars, const char *name) {
     var->bytes = NULL;
     var->length = 0;
     var->set = false;
+    clock_gettime(CLOCK_REALTIME, &vars->written);
     vars->generation++;
     vars_drop_unused(vars, var);
 }
@@ -179,16 +204,17 @@ static int vars_read_one(void *arg, const struct env_var *line) {
     return vars_set(vars, name, bytes.data, bytes.len);
 }
 
-int vars_learn(struct vars *vars, const char *text, size_t length) {
-    struct vars *seen = vars_new(vars->vm);
+int vars_learn(struct vars *vars, const char *text, size_t length, bool merge) {
+    struct vars *seen = calloc(1, sizeof *seen); /* only its index is used */
     struct vars_reading reading = {.vars = vars, .seen = seen};
     cleanup_buf struct buf kept = {0};
     if (!seen)
         return -ERR_NO_MEMORY;
+    seen->vm = vars->vm;
     int r = env_file_parse(text, length, vars_read_one, &reading, &kept);
     if (r == 0) {
         struct var *var, *next;
-        for (var = RB_MIN(var_index, &vars->index); var; var = next) {
+        for (var = merge ? NULL : RB_MIN(var_index, &vars->index); var; var = next) {
             next = RB_NEXT(var_index, &vars->index, var);
             if (var->set && !vars_find(seen, var->name)) {
                 vars_unset(vars, var->name);
@@ -199,9 +225,24 @@ int vars_learn(struct vars *vars, const char *text, size_t length) {
         vars->kept = kept;
         kept = (struct buf){0};
     }
-    vars_free(seen);
+    vars_clear(seen);
+    free(seen);
     if (reading.differs)
         vm_save(vars->vm);
+    return r;
+}
+
+static int vars_skip_one(void *arg, const struct env_var *line) {
+    (void)arg;
+    (void)line;
+    return 0;
+}
+
+int vars_learn_kept(struct vars *vars, const char *text, size_t length) {
+    struct buf kept = {0};
+    int r = env_file_parse(text, length, vars_skip_one, NULL, &kept);
+    buf_free(&vars->kept);
+    vars->kept = kept;
     return r;
 }
 
@@ -250,9 +291,19 @@ json_t *vars_save(const struct vars *vars) {
     return list;
 }
 
-int vars_load(struct vars *vars, const json_t *saved) {
+bool vars_are_owned(const struct vars *vars) {
+    return vars->owned || vars_disk_batch(vars);
+}
+
+int vars_each(const struct vars *vars,
+              int (*visit)(void *arg, const char *name, const char *bytes, size_t length), void *arg) {
+    return vars_walk(vars, NULL, visit, arg);
+}
+
+int vars_load(struct vars *vars, const json_t *saved, bool owned) {
     size_t i;
     json_t *one;
+    vars->owned = owned;
     json_array_foreach(saved, i, one) {
         const json_t *name = json_object_get(one, "name");
         const json_t *bytes = json_object_get(one, "bytes");

@@ -43,12 +43,16 @@ RB_HEAD(var_index, var);
 RB_PROTOTYPE(var_index, var, entry, var_compare)
 
 struct vars *vars_new(struct vm *vm);
+/* Ends what belongs to the loop; afterwards only vars_free() may be called. */
+void vars_shut(struct vars *vars);
 void vars_free(struct vars *vars);
 
 struct var_index *vars_index(struct vars *vars);
 
 /* When a variable last came, changed or went. */
 const struct timespec *vars_changed(const struct vars *vars);
+/* When any value was last changed. */
+const struct timespec *vars_written(const struct vars *vars);
 
 /* The variable, if it is set or being created. */
 struct var *vars_find(struct vars *vars, const char *name);
@@ -56,6 +60,9 @@ struct var *vars_find(struct vars *vars, const char *name);
 /* A name for a variable that is being created; it shows until vars_uncreate(). NULL: no memory or too many. */
 struct var *vars_create(struct vars *vars, const char *name);
 void vars_uncreate(struct vars *vars, const char *name);
+
+/* Somebody looks at the variables: for a while what changes in the guest is learned without being asked for. */
+void vars_touch(struct vars *vars);
 
 /* One change of a commit. */
 struct var_change {
@@ -70,6 +77,17 @@ struct var_change {
 int vars_commit(struct vars *vars, const struct var_change *changes, size_t count,
                 struct vm_wait *wait);
 
+/* The same, and what is not among the changes is unset. */
+int vars_replace(struct vars *vars, const struct var_change *changes, size_t count,
+                 struct vm_wait *wait);
+
+/* Visits every variable that is set, in order. A negative return ends it and is returned. */
+int vars_each(const struct vars *vars,
+              int (*visit)(void *arg, const char *name, const char *bytes, size_t length), void *arg);
+
+/* Length of the value: without one trailing newline. */
+size_t var_value_length(const char *bytes, size_t length);
+
 /* Says that the guest's shells keep this name for themselves. */
 int vars_refuse_reserved(struct vm *vm, const char *name);
 
@@ -77,7 +95,8 @@ int vars_refuse_reserved(struct vm *vm, const char *name);
  * when it is; else -ERR_…. */
 int vars_refresh(struct vars *vars, struct vm_wait *wait);
 
-/* For a new boot: the guest's file as it goes into the boot; remembers what went in. */
+/* For a new boot: the guest's file as it goes into the boot; remembers what went in. Nothing when the variables are still
+ * those of the image, whatever they are. */
 int vars_inject(struct vars *vars, struct buf *out);
 
 /* The guest answers after a boot (fresh: it has what vars_inject() gave) or after a lost connection: brings
@@ -89,7 +108,8 @@ void vars_detach(struct vars *vars, int status);
 
 /* For the VM's record. */
 json_t *vars_save(const struct vars *vars);
-int vars_load(struct vars *vars, const json_t *saved);
+bool vars_are_owned(const struct vars *vars);
+int vars_load(struct vars *vars, const json_t *saved, bool owned);
 /* Is there a batch whose verdict is that of the record's next writing? Then that calls vars_saved(). */
 bool vars_wants_saving(const struct vars *vars);
 void vars_saved(struct vars *vars, int status);

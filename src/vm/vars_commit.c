@@ -4,21 +4,25 @@
 #include "guest/env_file.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
-#include "vm/control.h"
 #include "vm/vars_internal.h"
 
 /* How changes take effect. Commits that come while a batch is under way are queued and become the next batch, whose
  * changes are laid over the table (the overlay), sent as one, and put into the table only when the verdict is success. So
  * the table never shows what was not acknowledged, and a failure leaves it as it was. */
 
+/* How often an update is tried anew because somebody else changed the file. */
+#define VARS_RETRIES 8
+
 struct vars_commit {
     struct list link; /* in vars->queued or batch->commits */
     struct list wait; /* holds the one vm_wait, or none */
+    bool replace;     /* what is not among the changes is unset */
     size_t count;
     struct vars_commit_change {
         char *name;
         char *bytes; /* NULL: unset */
         size_t length;
+        size_t order; /* among the changes of a batch */
     } changes[];
 };
 
@@ -26,6 +30,7 @@ struct vars_batch {
     struct vars *vars; /* NULL: the VM is gone, only the answer is still to come */
     struct list commits;
     bool to_guest; /* else to the disk */
+    bool replace;  /* what is not in the overlay is unset */
     size_t count;
     struct vars_commit_change *overlay[]; /* sorted by name, each name once; owned by the commits */
 };
@@ -78,11 +83,14 @@ static size_t change_size(const char *name, const char *bytes, size_t length) {
 
 /* What `name` will take when everything that is pending is done. */
 static size_t vars_pending_size(struct vars *vars, const char *name) {
+    static const struct vars_commit_change unset;
     const struct vars_commit_change *found = NULL;
     for (int i = 0; i < 2; i++) {
         struct list *head = i == 0 ? (vars->flight ? &vars->flight->commits : NULL) : &vars->queued;
         for (struct list *l = head ? head->next : NULL; l && l != head; l = l->next) {
             struct vars_commit *commit = LIST_OWNER(l, struct vars_commit, link);
+            if (commit->replace)
+                found = &unset;
             for (size_t c = 0; c < commit->count; c++)
                 if (strcmp(commit->changes[c].name, name) == 0)
                     found = &commit->changes[c];
@@ -103,23 +111,28 @@ static void vars_project(struct vars *vars) {
     struct list *link;
     while ((link = list_pop(&pending))) {
         struct vars_commit *commit = LIST_OWNER(link, struct vars_commit, link);
+        if (commit->replace)
+            vars->projected = 0;
         for (size_t i = 0; i < commit->count; i++) {
             const struct vars_commit_change *c = &commit->changes[i];
             vars->projected += change_size(c->name, c->bytes, c->length);
-            vars->projected -= vars_pending_size(vars, c->name);
+            if (!commit->replace)
+                vars->projected -= vars_pending_size(vars, c->name);
         }
         list_append(&vars->queued, &commit->link);
     }
 }
 
+/* By name, and of one name the newest first. */
 static int overlay_compare(const void *a, const void *b) {
     const struct vars_commit_change *const *x = a, *const *y = b;
-    return strcmp((*x)->name, (*y)->name);
+    int order = strcmp((*x)->name, (*y)->name);
+    return order ? order : (*x)->order > (*y)->order ? -1 : 1;
 }
 
-/* Takes all that is queued. The overlay is the last change of each name. */
+/* Takes all that is queued. The overlay is the last change of each name since the last commit that replaces everything. */
 static struct vars_batch *batch_new(struct vars *vars) {
-    size_t count = 0;
+    size_t count = 0, order = 0;
     for (struct list *l = vars->queued.next; l != &vars->queued; l = l->next)
         count += LIST_OWNER(l, struct vars_commit, link)->count;
     struct vars_batch *batch = calloc(1, sizeof *batch + count * sizeof *batch->overlay);
@@ -129,24 +142,24 @@ static struct vars_batch *batch_new(struct vars *vars) {
     list_init(&batch->commits);
     list_splice(&batch->commits, &vars->queued);
 
-    /* Later changes first, so that of equal names the first to be taken is the last one made. */
-    for (struct list *l = batch->commits.prev; l != &batch->commits; l = l->prev) {
+    count = 0;
+    for (struct list *l = batch->commits.next; l != &batch->commits; l = l->next) {
         struct vars_commit *commit = LIST_OWNER(l, struct vars_commit, link);
-        for (size_t i = commit->count; i-- > 0;) {
-            struct vars_commit_change *c = &commit->changes[i];
-            struct vars_commit_change **at =
-                bsearch(&c, batch->overlay, batch->count, sizeof *at, overlay_compare);
-            if (at)
-                continue;
-            batch->overlay[batch->count++] = c;
-            for (size_t k = batch->count - 1;
-                 k > 0 && strcmp(batch->overlay[k - 1]->name, batch->overlay[k]->name) > 0; k--) {
-                struct vars_commit_change *swap = batch->overlay[k - 1];
-                batch->overlay[k - 1] = batch->overlay[k];
-                batch->overlay[k] = swap;
-            }
+        if (commit->replace) {
+            batch->replace = true;
+            count = 0;
+        }
+        for (size_t i = 0; i < commit->count; i++) {
+            commit->changes[i].order = order++;
+            batch->overlay[count++] = &commit->changes[i];
         }
     }
+    if (count)
+        qsort(batch->overlay, count, sizeof *batch->overlay, overlay_compare);
+    for (size_t i = 0; i < count; i++)
+        if (batch->count == 0 ||
+            strcmp(batch->overlay[i]->name, batch->overlay[batch->count - 1]->name) != 0)
+            batch->overlay[batch->count++] = batch->overlay[i];
     return batch;
 }
 
@@ -164,7 +177,7 @@ int vars_walk(const struct vars *vars, const struct vars_batch *batch,
     while (r == 0 && (var || at < count)) {
         int order = !var ? 1 : at == count ? -1 : strcmp(var->name, batch->overlay[at]->name);
         if (order < 0) {
-            if (var->set)
+            if (var->set && !(batch && batch->replace))
                 r = visit(arg, var->name, var->bytes, var->length);
         } else {
             const struct vars_commit_change *c = batch->overlay[at++];
@@ -189,7 +202,7 @@ static int vars_format_one(void *arg, const char *name, const char *bytes, size_
     return 0;
 }
 
-static int vars_format(const struct vars *vars, const struct vars_batch *batch, struct buf *out) {
+int vars_format(const struct vars *vars, const struct vars_batch *batch, struct buf *out) {
     size_t most = vars_count(vars) + (batch ? batch->count : 0);
     struct vars_format format = {.vars = calloc(most + 1, sizeof *format.vars)};
     if (!format.vars)
@@ -201,14 +214,28 @@ static int vars_format(const struct vars *vars, const struct vars_batch *batch, 
     return out->failed;
 }
 
-static void vars_start_batch(struct vars *vars);
-static void vars_attach_step(struct vars *vars);
+/* Unsets what a batch that replaces everything does not name. */
+static void vars_drop_others(struct vars *vars, const struct vars_batch *batch) {
+    struct var *var, *next;
+    size_t at = 0;
+    for (var = RB_MIN(var_index, &vars->index); var; var = next) {
+        next = RB_NEXT(var_index, &vars->index, var);
+        while (at < batch->count && strcmp(batch->overlay[at]->name, var->name) < 0)
+            at++;
+        if (at == batch->count || strcmp(batch->overlay[at]->name, var->name) != 0)
+            vars_unset(vars, var->name);
+    }
+}
 
 /* The batch has its verdict. */
-static void vars_batch_end(struct vars *vars, int status) {
+void vars_batch_end(struct vars *vars, int status) {
     struct vars_batch *batch = vars->flight;
     vars->flight = NULL;
+    vars->retries = 0;
     if (status == 0) {
+        vars->owned = true;
+        if (batch->replace)
+            vars_drop_others(vars, batch);
         for (size_t i = 0; i < batch->count && status == 0; i++) {
             const struct vars_commit_change *c = batch->overlay[i];
             if (c->bytes)
@@ -216,8 +243,6 @@ static void vars_batch_end(struct vars *vars, int status) {
             else
                 vars_unset(vars, c->name);
         }
-        if (batch->to_guest)
-            vars->guest_generation = vars->generation;
     }
     vars_project(vars);
     struct list commits;
@@ -225,18 +250,13 @@ static void vars_batch_end(struct vars *vars, int status) {
     list_splice(&commits, &batch->commits);
     bool to_guest = batch->to_guest;
     free(batch);
+    if (to_guest && status == 0)
+        vars_seal_soon(vars);
     if (to_guest && status == 0 && !list_is_empty(&commits))
         vm_save(vars->vm);
     commits_end(&commits, status);
     vars_start_batch(vars);
     vars_attach_step(vars);
-}
-
-/* One line of what a guest printed, for a sentence. */
-static int guest_words(const char *output, size_t length) {
-    const char *end = memchr(output, '\n', length);
-    size_t n = end ? (size_t)(end - output) : length;
-    return n > 200 ? 200 : (int)n;
 }
 
 static void vars_updated(void *arg, int status, const char *output, size_t length) {
@@ -246,25 +266,31 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
         free(batch);
         return;
     }
+    if (status == GUEST_CHANGED && vars->retries++ < VARS_RETRIES) {
+        /* Nothing was done. What has changed is read, and the batch laid over that. */
+        int r = vars_read(vars);
+        vars->rereading = r == 0;
+        if (r < 0)
+            vars_batch_end(vars, r);
+        return;
+    }
     if (status == 0) {
         vars->learned = uv_now(vars->vm->daemon->loop);
-    } else if (status > 0) {
-        vm_fail(vars->vm, -ERR_IO, "writing %s in the guest failed: %.*s; the variables are unchanged",
-                GUEST_ENV_FILE, guest_words(output, length), output);
-        status = memmem(output, length, "No space", 8) ? -ERR_NO_ROOM : -ERR_IO;
+        vars->absent = false;
     }
-    vars_batch_end(vars, status);
+    vars_batch_end(vars, status > 0 ? vars_explain(vars, "writing", status, output, length) : status);
 }
 
-static int vars_send(struct vars *vars, struct vars_batch *batch) {
+int vars_send(struct vars *vars, const struct vars_batch *batch, control_done *done, void *arg) {
+    const char *path = vars->vm->daemon->settings.env_file;
     cleanup_buf struct buf text = {0}, script = {0};
     int r = vars_format(vars, batch, &text);
     if (r == 0) {
-        vars->vm->guest->file_replace(&script, GUEST_ENV_FILE, text.data, text.len);
+        vars->vm->guest->env_replace(&script, path, text.data, text.len, vars->absent);
         r = script.failed;
     }
     if (r == 0)
-        r = control_request(vars->vm->control, &script, vars_updated, batch);
+        r = control_request(vars->vm->control, &script, done, arg);
     if (text.data)
         explicit_bzero(text.data, text.len);
     if (script.data)
@@ -273,8 +299,15 @@ static int vars_send(struct vars *vars, struct vars_batch *batch) {
     return r;
 }
 
-static void vars_start_batch(struct vars *vars) {
-    if (vars->flight || list_is_empty(&vars->queued))
+void vars_resend(struct vars *vars) {
+    int r = vars_send(vars, vars->flight, vars_updated, vars->flight);
+    if (r < 0)
+        vars_batch_end(vars, r);
+}
+
+void vars_start_batch(struct vars *vars) {
+    /* What is being read now is not known yet, but would count as seen. */
+    if (vars->flight || vars->refreshing || list_is_empty(&vars->queued))
         return;
     struct vars_batch *batch = batch_new(vars);
     if (!batch) {
@@ -290,9 +323,7 @@ static void vars_start_batch(struct vars *vars) {
         vm_save(vars->vm); /* vars_saved() has the verdict */
         return;
     }
-    int r = vars_send(vars, batch);
-    if (r < 0)
-        vars_batch_end(vars, r);
+    vars_resend(vars);
 }
 
 bool vars_wants_saving(const struct vars *vars) {
@@ -311,14 +342,15 @@ int vars_refuse_reserved(struct vm *vm, const char *name) {
                    name);
 }
 
-static int vars_check(struct vars *vars, const struct var_change *changes, size_t count,
+static int vars_check(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
                       ssize_t *ret_growth) {
     struct vm *vm = vars->vm;
-    ssize_t growth = 0;
+    ssize_t growth = replace ? -(ssize_t)vars->projected : 0;
     for (size_t i = 0; i < count; i++) {
         const struct var_change *c = &changes[i];
+        size_t there = replace ? 0 : vars_pending_size(vars, c->name);
         if (!c->bytes) {
-            growth -= (ssize_t)vars_pending_size(vars, c->name);
+            growth -= (ssize_t)there;
             continue;
         }
         if (vm->guest->name_is_reserved(c->name) && !vars_pending_size(vars, c->name))
@@ -330,10 +362,9 @@ static int vars_check(struct vars *vars, const struct var_change *changes, size_
         if (strlen(c->name) + var_value_length(c->bytes, c->length) > VAR_LIMIT)
             return vm_fail(vm, -ERR_TOO_LARGE, "env/%s: a value takes %d bytes at most, with its name",
                            c->name, VAR_LIMIT);
-        growth += (ssize_t)change_size(c->name, c->bytes, c->length) -
-                  (ssize_t)vars_pending_size(vars, c->name);
+        growth += (ssize_t)change_size(c->name, c->bytes, c->length) - (ssize_t)there;
     }
-    if (growth > 0 && vars->projected + (size_t)growth > VARS_LIMIT)
+    if ((ssize_t)vars->projected + growth > VARS_LIMIT && (growth > 0 || replace))
         return vm_fail(vm, -ERR_NO_ROOM,
                        "env/%s: the variables of a VM take %d bytes at most, all together; remove some",
                        changes[0].name, VARS_LIMIT);
@@ -353,19 +384,20 @@ static int vars_check_state(struct vars *vars) {
     }
 }
 
-int vars_commit(struct vars *vars, const struct var_change *changes, size_t count,
-                struct vm_wait *wait) {
+static int vars_enqueue(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
+                        struct vm_wait *wait) {
     ssize_t growth = 0;
     if (vars->vm->gone)
         return -ERR_GONE;
     int r = vars_check_state(vars);
     if (r == 0)
-        r = vars_check(vars, changes, count, &growth);
+        r = vars_check(vars, changes, count, replace, &growth);
     if (r < 0)
         return r;
     struct vars_commit *commit = commit_new(changes, count);
     if (!commit)
         return -ERR_NO_MEMORY;
+    commit->replace = replace;
     vars->projected = (size_t)((ssize_t)vars->projected + growth);
     vars->commits++;
     if (wait)
@@ -375,123 +407,14 @@ int vars_commit(struct vars *vars, const struct var_change *changes, size_t coun
     return 0;
 }
 
-static void vars_read(void *arg, int status, const char *output, size_t length) {
-    struct vm *vm = arg;
-    struct vars *vars = vm->vars;
-    if (!vm->gone && vars->refreshing) {
-        vars->refreshing = false;
-        if (status > 0)
-            status = vm_fail(vm, -ERR_IO, "reading %s in the guest failed: %.*s", GUEST_ENV_FILE,
-                             guest_words(output, length), output);
-        /* An update that is under way is newer than what was read before it. */
-        if (status == 0 && !vars->flight)
-            status = vars_learn(vars, output, length);
-        if (status == 0) {
-            vars->learned = uv_now(vm->daemon->loop);
-            vars->guest_generation = vars->generation;
-        }
-        vars_project(vars);
-        vm_wait_wake(&vars->refresh_waits, status);
-        if (vars->attached) {
-            void (*attached)(struct vm *, int) = vars->attached;
-            vars->attached = NULL;
-            attached(vm, status);
-        }
-    }
-    vm_unref(vm);
+int vars_commit(struct vars *vars, const struct var_change *changes, size_t count,
+                struct vm_wait *wait) {
+    return vars_enqueue(vars, changes, count, false, wait);
 }
 
-static int vars_start_reading(struct vars *vars) {
-    cleanup_buf struct buf script = {0};
-    vars->vm->guest->file_read(&script, GUEST_ENV_FILE);
-    if (script.failed)
-        return -ERR_NO_MEMORY;
-    int r = control_request(vars->vm->control, &script, vars_read, vars->vm);
-    if (r < 0)
-        return r;
-    vm_ref(vars->vm);
-    vars->refreshing = true;
-    return 0;
-}
-
-int vars_refresh(struct vars *vars, struct vm_wait *wait) {
-    struct vm *vm = vars->vm;
-    if (vm->gone)
-        return -ERR_GONE;
-    if (vm->state == VM_UNREACHABLE)
-        return vm_check_running(vm);
-    if (vm->state != VM_RUNNING)
-        return 1;
-    if (vars->flight || uv_now(vm->daemon->loop) - vars->learned < VAR_FRESH_MS)
-        return 1;
-    int r = vars->refreshing ? 0 : vars_start_reading(vars);
-    if (r == 0)
-        list_append(&vars->refresh_waits, &wait->link);
-    return r;
-}
-
-int vars_inject(struct vars *vars, struct buf *out) {
-    /* A batch on its way to the disk is not in yet: it will raise the generation. */
-    vars->guest_generation = vars->generation;
-    return vars_format(vars, NULL, out);
-}
-
-/* After a boot: sends the table for as long as it is not what the guest has. */
-static void vars_attach_sent(void *arg, int status, const char *output, size_t length) {
-    struct vm *vm = arg;
-    struct vars *vars = vm->vars;
-    if (!vm->gone && vars->attached) {
-        if (status > 0)
-            status = vm_fail(vm, -ERR_IO, "writing %s in the guest failed: %.*s", GUEST_ENV_FILE,
-                             guest_words(output, length), output);
-        if (status == 0) {
-            vars_attach_step(vars);
-        } else {
-            void (*attached)(struct vm *, int) = vars->attached;
-            vars->attached = NULL;
-            attached(vm, status);
-        }
-    }
-    vm_unref(vm);
-}
-
-static void vars_attach_step(struct vars *vars) {
-    void (*attached)(struct vm *, int) = vars->attached;
-    struct vm *vm = vars->vm;
-    if (!attached || vars->refreshing || vars->flight)
-        return;
-    if (vars->guest_generation == vars->generation) {
-        vars->attached = NULL;
-        vars->learned = uv_now(vm->daemon->loop);
-        attached(vm, 0);
-        return;
-    }
-    cleanup_buf struct buf text = {0}, script = {0};
-    vars->guest_generation = vars->generation;
-    int r = vars_format(vars, NULL, &text);
-    if (r == 0)
-        vm->guest->file_replace(&script, GUEST_ENV_FILE, text.data, text.len);
-    if (r == 0 && !script.failed)
-        r = control_request(vm->control, &script, vars_attach_sent, vm);
-    if (r == 0) {
-        vm_ref(vm);
-        return;
-    }
-    vars->attached = NULL;
-    attached(vm, r);
-}
-
-void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status)) {
-    vars->attached = done;
-    if (booted) {
-        vars_attach_step(vars);
-        return;
-    }
-    int r = vars_start_reading(vars);
-    if (r < 0) {
-        vars->attached = NULL;
-        done(vars->vm, r);
-    }
+int vars_replace(struct vars *vars, const struct var_change *changes, size_t count,
+                 struct vm_wait *wait) {
+    return vars_enqueue(vars, changes, count, true, wait);
 }
 
 void vars_fail_all(struct vars *vars, int status) {
@@ -499,15 +422,19 @@ void vars_fail_all(struct vars *vars, int status) {
     list_init(&failed);
     vars->attached = NULL;
     vars->refreshing = false;
+    vars->retries = 0;
     if (vars->flight) {
         struct vars_batch *batch = vars->flight;
         vars->flight = NULL;
         list_splice(&failed, &batch->commits);
-        if (batch->to_guest)
-            batch->vars = NULL; /* freed by vars_updated() */
+        /* One that is with the control connection is freed by vars_updated(), which may be now: when this is
+         * called for a lost connection, its requests fail after it. */
+        if (batch->to_guest && !vars->rereading)
+            batch->vars = NULL;
         else
             free(batch);
     }
+    vars->rereading = false;
     list_splice(&failed, &vars->queued);
     vars->projected = vars->total;
     commits_end(&failed, status);

@@ -1,8 +1,10 @@
 #pragma once
 
+#include "vm/control.h"
 #include "vm/vars.h"
 
-/* Private to vm/vars.c (the table) and vm/vars_commit.c (how changes reach the guest or the disk). */
+/* Private to vm/vars.c (the table), vm/vars_commit.c (how changes reach the guest or the disk) and vm/vars_guest.c (what is
+ * learned from the guest). */
 
 #define VAR_FIRST_NUMBER 64 /* below are the inode numbers of a VM's static files */
 
@@ -14,7 +16,8 @@ struct vars {
     size_t total;        /* bytes of all that are set, with their keys */
     uint64_t generation; /* grows with each change of the table */
     uint64_t last_number;
-    struct timespec changed;
+    struct timespec changed; /* which variables there are */
+    struct timespec written; /* what they are */
     struct buf kept; /* lines of others in the guest's file */
 
     struct list queued;        /* of vars_commit: for the next batch */
@@ -22,11 +25,20 @@ struct vars {
     size_t projected;          /* `total` when all that is queued or under way will be done */
 
     uint64_t learned; /* uv_now() of the last word from the guest; 0: never */
-    bool refreshing;
+    bool absent;      /* the guest has no such file */
+    bool owned;       /* the table is what the user wants: at a boot it wins over the image's file */
+    bool refreshing; /* it is being read */
+    bool unsealed;   /* our update has not been read back: see guest/linux.c */
+    bool rereading;  /* for the batch under way, which waits for that */
+    unsigned retries; /* of the batch under way, whose file others have changed */
+    uint64_t used;    /* uv_now() when somebody looked last */
+    uv_timer_t *poll; /* reads again and again while somebody looks */
     struct list refresh_waits; /* of vm_wait */
 
-    uint64_t guest_generation; /* of the table that the guest has */
-    void (*attached)(struct vm *vm, int status); /* not NULL: attaching after a boot */
+    void (*attached)(struct vm *vm, int status); /* not NULL: attaching */
+    bool attach_booted;       /* after a boot, not after a lost connection */
+    bool attach_read;         /* the file has been read */
+    uint64_t sent_generation; /* of the table as it was sent while attaching */
 
     uint64_t commits, updates; /* counters: what was asked, and rewrites of the guest's file */
 };
@@ -35,11 +47,10 @@ int vars_set(struct vars *vars, const char *name, const char *bytes, size_t leng
 void vars_unset(struct vars *vars, const char *name);
 size_t vars_count(const struct vars *vars);
 
-/* Length without one trailing newline. */
-size_t var_value_length(const char *bytes, size_t length);
-
-/* Takes over what the guest's file says. */
-int vars_learn(struct vars *vars, const char *text, size_t length);
+/* Takes over what the guest's file says. `merge`: what it does not say stays. */
+int vars_learn(struct vars *vars, const char *text, size_t length, bool merge);
+/* Takes over only the lines of others. */
+int vars_learn_kept(struct vars *vars, const char *text, size_t length);
 
 /* Visits every variable in order, as it will be when `batch` (may be NULL) is done. */
 int vars_walk(const struct vars *vars, const struct vars_batch *batch,
@@ -48,6 +59,27 @@ int vars_walk(const struct vars *vars, const struct vars_batch *batch,
 
 /* The batch under way, if it is on its way to the disk; else NULL. */
 const struct vars_batch *vars_disk_batch(const struct vars *vars);
+
+/* The guest's file with the table as it will be when `batch` (may be NULL) is done. */
+int vars_format(const struct vars *vars, const struct vars_batch *batch, struct buf *out);
+/* Sends that. */
+int vars_send(struct vars *vars, const struct vars_batch *batch, control_done *done, void *arg);
+
+/* Makes a batch of what is queued and starts it, when nothing is in its way. */
+void vars_start_batch(struct vars *vars);
+/* Sends the batch under way once more. */
+void vars_resend(struct vars *vars);
+/* It has its verdict. */
+void vars_batch_end(struct vars *vars, int status);
+
+/* Reads it back when no update follows. */
+void vars_seal_soon(struct vars *vars);
+/* Reads the guest's file. */
+int vars_read(struct vars *vars);
+/* Goes on with attaching, if that is under way. */
+void vars_attach_step(struct vars *vars);
+/* Leaves words about a script that failed (status > 0), and returns the -ERR_… for it. */
+int vars_explain(struct vars *vars, const char *doing, int status, const char *output, size_t length);
 
 /* Fails what is queued, under way or waiting. */
 void vars_fail_all(struct vars *vars, int status);

@@ -141,11 +141,14 @@ int main(int argc, char **argv) {
     printf("%lld\n", now() - start);
     fflush(stdout);
 
-    LIBSSH2_CHANNEL *shell = run("umask 022; exec /bin/sh");
-    shell_do(shell, ":");
+    LIBSSH2_CHANNEL *shell = NULL;
     while ((n = getline(&line, &size, stdin)) > 0) {
         if (line[n - 1] == '\n')
             line[n - 1] = '\0';
+        if (!shell) {
+            shell = run("umask 022; exec /bin/sh");
+            shell_do(shell, ":");
+        }
         start = now();
         if (strncmp(line, "set ", 4) == 0)
             shell_set(shell, line + 4);
@@ -161,7 +164,8 @@ int main(int argc, char **argv) {
         fflush(stdout);
     }
     free(line);
-    libssh2_channel_free(shell);
+    if (shell)
+        libssh2_channel_free(shell);
     libssh2_session_disconnect(session, "done");
     libssh2_session_free(session);
     close(fd);

@@ -1,0 +1,425 @@
+#include "tree/environ.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "guest/dotenv.h"
+#include "tree/env.h"
+#include "tree/text.h"
+#include "tree/tree.h"
+#include "util/errors.h"
+#include "vm/vars.h"
+#include "vm/vm.h"
+
+/* ID/environ: `>` replaces all variables in one update of the guest, `>>` merges. It is committed by the same rules as a
+ * single variable (tree/env_key.c), and parsed at every WRITE, so that a bad line fails the write that brought it.
+ *
+ * A tool that writes in pieces cuts lines anywhere. Pieces are whole blocks, all but the last: what ends at a multiple of 4 KiB
+ * and in the middle of a line waits for the rest, until FLUSH. */
+
+#define ENVIRON_BLOCK 4096
+#define ENVIRON_LIMIT (8 << 20) /* bytes of text: quoting and comments come on top of VARS_LIMIT */
+
+struct environ_handle {
+    struct handle handle;
+    struct buf content; /* the file; of `>>` what has been appended */
+    struct buf snapshot; /* what is read */
+    bool truncating, wrote, dirty;
+};
+
+/* What a text says. */
+struct environ_changes {
+    struct var_change *changes;
+    size_t count, cap;
+};
+
+static void environ_changes_free(struct environ_changes *all) {
+    for (size_t i = 0; i < all->count; i++) {
+        free((char *)(uintptr_t)all->changes[i].name);
+        explicit_bzero((char *)(uintptr_t)all->changes[i].bytes, all->changes[i].length);
+        free((char *)(uintptr_t)all->changes[i].bytes);
+    }
+    free(all->changes);
+}
+
+/* The bytes of a variable that is set here read as any that a shell has written: with a newline. */
+static int environ_add(void *arg, const struct env_var *var) {
+    struct environ_changes *all = arg;
+    if (all->count == all->cap) {
+        size_t cap = all->cap ? all->cap * 2 : 32;
+        struct var_change *changes = realloc(all->changes, cap * sizeof *changes);
+        if (!changes)
+            return -ERR_NO_MEMORY;
+        all->changes = changes;
+        all->cap = cap;
+    }
+    char *name = strndup(var->name, var->name_length), *bytes = malloc(var->length + 1);
+    if (!name || !bytes) {
+        free(name);
+        free(bytes);
+        return -ERR_NO_MEMORY;
+    }
+    if (var->length)
+        memcpy(bytes, var->value, var->length);
+    bytes[var->length] = '\n';
+    all->changes[all->count++] = (struct var_change){name, bytes, var->length + 1};
+    return 0;
+}
+
+static int environ_parse(struct vm *vm, const char *text, size_t length, bool more_may_come,
+                         struct environ_changes *ret_all, bool *ret_cut) {
+    struct dotenv_error error = {0};
+    *ret_cut = false;
+    int r = dotenv_parse(text, length, environ_add, ret_all, &error);
+    if (r != -ERR_INVALID)
+        return r;
+    if (more_may_come && (error.incomplete || error.in_name)) {
+        *ret_cut = true;
+        return 0;
+    }
+    return vm_fail(vm, r, "environ, line %u: %s; nothing has been changed", error.line, error.text);
+}
+
+static int environ_print_one(void *arg, const char *name, const char *bytes, size_t length) {
+    struct env_var var = {name, strlen(name), bytes, var_value_length(bytes, length)};
+    dotenv_format(arg, &var, 1);
+    return 0;
+}
+
+int environ_print(struct vm *vm, struct buf *out) {
+    vars_each(vm->vars, environ_print_one, out);
+    return out->failed ? -ERR_NO_MEMORY : 0;
+}
+
+static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
+    cleanup_buf struct buf text = {0};
+    environ_print(node->vm, &text);
+    node_stat_init(node, ret_stat);
+    ret_stat->entry_seconds = ret_stat->attr_seconds = 0;
+    ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
+    ret_stat->st.st_mode = node->row->mode;
+    ret_stat->st.st_size = (off_t)text.len;
+    ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_written(node->vm->vars);
+}
+
+/* A commit that somebody waits for. */
+struct environ_wait {
+    struct vm_wait wait;
+    struct request *rq;
+    struct node *node; /* a reference; held */
+    struct environ_handle *h; /* of a line that FLUSH is to follow; else NULL */
+    ssize_t written;   /* -1: plain success */
+    /* Of a rename. */
+    struct scratch *scratch; /* a reference */
+    const struct node_row *row;
+};
+
+static void environ_settle_rename(struct environ_wait *w) {
+    struct node *dir = w->node;
+    const char *name = w->scratch->name;
+    node_move_child(dir, name, w->row->name);
+    struct node *node = node_find_child(dir, w->row->name);
+    if (node) {
+        node_set_kind(node, &environ_ops, NULL);
+        node->row = w->row;
+    }
+    scratch_remove(w->scratch);
+}
+
+static void environ_wait_end(struct environ_wait *w, int status) {
+    struct request *rq = w->rq;
+    ssize_t written = w->written;
+    if (w->scratch && status == 0 && w->scratch->table)
+        environ_settle_rename(w);
+    if (w->scratch)
+        scratch_unref(w->scratch);
+    if (w->h && status < 0)
+        w->h->dirty = false;
+    w->node->held--;
+    node_unref(w->node);
+    free(w);
+    if (status == 0 && written >= 0)
+        request_answer_written(rq, (size_t)written);
+    else
+        request_answer(rq, status);
+}
+
+static void environ_wait_done(struct vm_wait *wait, int status) {
+    environ_wait_end(LIST_OWNER(wait, struct environ_wait, wait), status);
+}
+
+static void environ_wait_cancel(struct request *rq, int status, void *arg) {
+    struct environ_wait *w = arg;
+    (void)rq;
+    vm_wait_cancel(&w->wait);
+    if (status == -ERR_TIMED_OUT)
+        vm_fail(w->node->vm, status, "environ: the guest has not answered for %u ms",
+                w->node->daemon->settings.timeout);
+    environ_wait_end(w, status);
+}
+
+/* Takes over the reference on `scratch` (NULL: no rename). */
+static void environ_commit(struct node *node, struct environ_handle *h,
+                           const struct environ_changes *all, bool merge,
+                           ssize_t written, struct scratch *scratch, const struct node_row *row,
+                           struct request *rq) {
+    struct environ_wait *w = calloc(1, sizeof *w);
+    if (!w) {
+        if (scratch)
+            scratch_unref(scratch);
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    w->wait.done = environ_wait_done;
+    list_init(&w->wait.link);
+    w->rq = rq;
+    w->node = node_ref(node);
+    node->held++;
+    w->h = h;
+    w->written = written;
+    w->scratch = scratch;
+    w->row = row;
+    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, environ_wait_cancel, w);
+    struct vars *vars = node->vm->vars;
+    int r = merge ? vars_commit(vars, all->changes, all->count, &w->wait)
+                  : vars_replace(vars, all->changes, all->count, &w->wait);
+    if (r < 0)
+        environ_wait_end(w, r);
+}
+
+void environ_take_scratch(struct node *dir, struct scratch *scratch, const struct node_row *row,
+                          struct request *rq) {
+    struct environ_changes all = {0};
+    bool cut;
+    const struct buf *text = &scratch->content;
+    int r = environ_parse(dir->vm, text->data ? text->data : "", text->len, false, &all, &cut);
+    if (r < 0)
+        request_answer(rq, r);
+    else
+        environ_commit(dir, NULL, &all, false, -1, scratch_ref(scratch), row, rq);
+    environ_changes_free(&all);
+}
+
+static bool environ_appends(const struct environ_handle *h) {
+    return h->handle.flags & O_APPEND;
+}
+
+/* Commits what the handle holds. */
+static void environ_handle_commit(struct environ_handle *h, ssize_t written, struct request *rq) {
+    struct environ_changes all = {0};
+    bool cut;
+    const char *text = h->content.data ? h->content.data : "";
+    h->wrote = true;
+    h->dirty = h->truncating = false;
+    int r = environ_parse(h->handle.node->vm, text, h->content.len, false, &all, &cut);
+    if (r < 0)
+        request_answer(rq, r);
+    else
+        environ_commit(h->handle.node, NULL, &all, environ_appends(h), written, NULL, NULL, rq);
+    environ_changes_free(&all);
+}
+
+static int environ_load(struct environ_handle *h) {
+    int r = environ_print(h->handle.node->vm, &h->snapshot);
+    if (r == 0 && !environ_appends(h))
+        buf_append(&h->content, h->snapshot.data, h->snapshot.len);
+    return r < 0 ? r : h->content.failed;
+}
+
+static void environ_free(struct environ_handle *h) {
+    if (h->content.data)
+        explicit_bzero(h->content.data, h->content.len);
+    buf_free(&h->content);
+    buf_free(&h->snapshot);
+    handle_done(&h->handle);
+    free(h);
+}
+
+struct environ_open {
+    struct vm_wait wait;
+    struct request *rq;
+    struct environ_handle *h;
+};
+
+static void environ_open_end(struct environ_open *o, int status) {
+    struct environ_handle *h = o->h;
+    struct request *rq = o->rq;
+    free(o);
+    if (status == 0)
+        status = environ_load(h);
+    if (status < 0) {
+        environ_free(h);
+        request_answer(rq, status);
+    } else {
+        request_answer_opened(rq, &h->handle);
+    }
+}
+
+static void environ_open_done(struct vm_wait *wait, int status) {
+    environ_open_end(LIST_OWNER(wait, struct environ_open, wait), status);
+}
+
+static void environ_open_cancel(struct request *rq, int status, void *arg) {
+    struct environ_open *o = arg;
+    (void)rq;
+    vm_wait_cancel(&o->wait);
+    environ_open_end(o, status);
+}
+
+static void environ_open(struct node *node, int flags, struct request *rq) {
+    struct environ_handle *h = calloc(1, sizeof *h);
+    struct environ_open *o = calloc(1, sizeof *o);
+    if (!h || !o || node->vm->gone) {
+        free(h);
+        free(o);
+        request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_NO_MEMORY);
+        return;
+    }
+    handle_init(&h->handle, node, flags);
+    if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY) {
+        free(o);
+        h->truncating = true;
+        request_answer_opened(rq, &h->handle);
+        return;
+    }
+    o->wait.done = environ_open_done;
+    list_init(&o->wait.link);
+    o->rq = rq;
+    o->h = h;
+    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, environ_open_cancel, o);
+    int r = vars_refresh(node->vm->vars, &o->wait);
+    if (r != 0)
+        environ_open_end(o, r < 0 ? r : 0);
+}
+
+static void environ_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
+    struct environ_handle *h = (struct environ_handle *)handle;
+    const struct buf *text = h->wrote || h->dirty || h->truncating ? &h->content : &h->snapshot;
+    buf_answer_read(text, length, offset, rq);
+}
+
+/* Lays the bytes over the content; a gap is filled with NUL, which the parser refuses. */
+static int environ_patch(struct environ_handle *h, const char *data, size_t length, off_t offset) {
+    if (offset < 0 || offset > ENVIRON_LIMIT || length > ENVIRON_LIMIT ||
+        (size_t)offset + length > ENVIRON_LIMIT)
+        return -ERR_TOO_LARGE;
+    while (h->content.len < (size_t)offset && !h->content.failed)
+        buf_append_char(&h->content, '\0');
+    size_t over = h->content.len - (size_t)offset;
+    if (over > length)
+        over = length;
+    if (over)
+        memcpy(h->content.data + offset, data, over);
+    buf_append(&h->content, data + over, length - over);
+    return h->content.failed;
+}
+
+static bool environ_is_one_line(const char *data, size_t length) {
+    return length > 0 && memchr(data, '\n', length) == data + length - 1;
+}
+
+/* A shell's echo or printf writes line by line. Were all other variables gone with the first of many lines, the guest would
+ * miss them for a moment, and for good when a later line is bad. So a first WRITE of a single line is merged, for its
+ * verdict, and FLUSH replaces the rest. */
+static void environ_commit_line(struct environ_handle *h, ssize_t written, struct request *rq) {
+    struct environ_changes all = {0};
+    bool cut;
+    int r = environ_parse(h->handle.node->vm, h->content.data, h->content.len, false, &all, &cut);
+    h->wrote = h->dirty = true;
+    h->truncating = false;
+    if (r < 0)
+        request_answer(rq, r);
+    else
+        environ_commit(h->handle.node, h, &all, true, written, NULL, NULL, rq);
+    environ_changes_free(&all);
+}
+
+static void environ_write(struct handle *handle, const char *data, size_t length, off_t offset,
+                          struct request *rq) {
+    struct environ_handle *h = (struct environ_handle *)handle;
+    struct environ_changes all = {0};
+    bool cut = false;
+    if (environ_appends(h))
+        offset = (off_t)h->content.len;
+    size_t was = h->content.len;
+    int r = environ_patch(h, data, length, offset);
+    bool block = h->content.len % ENVIRON_BLOCK == 0;
+    if (r == 0)
+        r = environ_parse(handle->node->vm, h->content.data, h->content.len, block, &all, &cut);
+    environ_changes_free(&all);
+    if (r < 0) {
+        h->content.failed = 0;
+        h->content.len = was < h->content.len ? was : h->content.len;
+        h->wrote = true; /* a refused write is no empty file */
+        h->truncating = h->dirty = false;
+        request_answer(rq, r);
+        return;
+    }
+    bool in_a_line = block && length > 0 && h->content.data[h->content.len - 1] != '\n';
+    bool first = !h->wrote && !h->dirty && !cut && !in_a_line;
+    if (first && !environ_appends(h) && environ_is_one_line(data, length)) {
+        environ_commit_line(h, (ssize_t)length, rq);
+    } else if (first) {
+        environ_handle_commit(h, (ssize_t)length, rq);
+    } else {
+        h->dirty = true;
+        request_answer_written(rq, length);
+    }
+}
+
+static void environ_flush(struct handle *handle, struct request *rq) {
+    struct environ_handle *h = (struct environ_handle *)handle;
+    if (h->dirty)
+        environ_handle_commit(h, -1, rq);
+    else
+        request_answer(rq, 0);
+}
+
+static void environ_fsync(struct handle *handle, struct request *rq) {
+    struct environ_handle *h = (struct environ_handle *)handle;
+    if (h->dirty || (h->truncating && !h->wrote))
+        environ_handle_commit(h, -1, rq);
+    else
+        request_answer(rq, 0);
+}
+
+static void environ_release(struct handle *handle) {
+    struct environ_handle *h = (struct environ_handle *)handle;
+    /* Nobody is there to be told; a failure is in `error` and in the log. */
+    if (h->truncating && !h->wrote && !h->dirty && !handle->node->vm->gone)
+        vars_replace(handle->node->vm->vars, NULL, 0, NULL);
+    environ_free(h);
+}
+
+static void environ_setattr(struct node *node, struct handle *handle, const struct stat *want,
+                            unsigned mask, struct request *rq) {
+    struct environ_handle *h =
+        handle && handle->ops == &environ_ops ? (struct environ_handle *)handle : NULL;
+    struct environ_changes none = {0};
+    if (!(mask & NODE_SET_SIZE)) {
+        request_answer_attr(rq, node); /* mode, owner and times are what they are */
+    } else if (h && (size_t)want->st_size <= h->content.len) {
+        h->content.len = (size_t)want->st_size;
+        if (want->st_size == 0 && !h->wrote)
+            h->truncating = true;
+        else
+            h->dirty = true;
+        request_answer_attr(rq, node);
+    } else if (!h && want->st_size == 0) {
+        environ_commit(node, NULL, &none, false, -1, NULL, NULL, rq);
+    } else {
+        request_answer(rq, -ERR_INVALID);
+    }
+}
+
+const struct node_ops environ_ops = {
+    .stat = environ_stat,
+    .open = environ_open,
+    .read = environ_read,
+    .write = environ_write,
+    .flush = environ_flush,
+    .fsync = environ_fsync,
+    .release = environ_release,
+    .setattr = environ_setattr,
+};

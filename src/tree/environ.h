@@ -1,0 +1,16 @@
+#pragma once
+
+#include "tree/node.h"
+#include "vm/scratch.h"
+
+/* ID/environ: all variables in one file (tree/environ.c). */
+
+extern const struct node_ops environ_ops;
+
+/* What has been written to the scratch file replaces all variables (rename onto environ). On success the scratch is
+ * gone and its node is environ's. */
+void environ_take_scratch(struct node *dir, struct scratch *scratch, const struct node_row *row,
+                          struct request *rq);
+
+/* The file as it reads now. 0 or -ERR_NO_MEMORY. */
+int environ_print(struct vm *vm, struct buf *out);

@@ -1,0 +1,199 @@
+#include <string.h>
+
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/log.h"
+#include "vm/vars_internal.h"
+
+/* What is learned from the guest. Its env file is the truth while it runs: it is read when somebody asks and what is known is
+ * older than VAR_FRESH_MS, again and again while somebody looks, and whenever an update finds it changed. */
+
+#define VARS_SEAL_MS 20
+#define VARS_POLL_MS 700     /* so that a change shows within a second */
+#define VARS_LOOKED_MS 60000 /* how long after a look it goes on */
+
+int vars_explain(struct vars *vars, const char *doing, int status, const char *output, size_t length) {
+    const char *end = memchr(output, '\n', length);
+    size_t words = end ? (size_t)(end - output) : length;
+    const char *path = vars->vm->daemon->settings.env_file;
+    if (status == GUEST_CHANGED)
+        return vm_fail(vars->vm, -ERR_BUSY,
+                       "%s %s in the guest failed: others keep changing it; the variables are unchanged",
+                       doing, path);
+    return vm_fail(vars->vm, memmem(output, length, "No space", 8) ? -ERR_NO_ROOM : -ERR_IO,
+                   "%s %s in the guest failed: %.*s; the variables are unchanged", doing, path,
+                   words > 200 ? 200 : (int)words, output);
+}
+
+static void vars_end_attach(struct vars *vars, int status) {
+    void (*attached)(struct vm *, int) = vars->attached;
+    vars->attached = NULL;
+    if (status == 0)
+        vars->learned = uv_now(vars->vm->daemon->loop);
+    if (attached)
+        attached(vars->vm, status);
+}
+
+/* After a boot the table wins, if it is the user's: it is sent for as long as it is not what the guest has. Else, and after a
+ * lost connection, the guest's file is the truth. */
+static int vars_attach_learn(struct vars *vars, const char *text, size_t length) {
+    cleanup_buf struct buf ours = {0};
+    vars->attach_read = true;
+    if (!vars->attach_booted)
+        return vars_learn(vars, text, length, false);
+    if (!vars->owned) {
+        int r = vars_learn(vars, text, length, true);
+        vars->sent_generation = vars->generation;
+        return r;
+    }
+    int r = vars_learn_kept(vars, text, length);
+    if (r == 0)
+        r = vars_format(vars, NULL, &ours);
+    bool same = r == 0 && ours.len == length && memcmp(ours.data, text, length) == 0;
+    vars->sent_generation = same ? vars->generation : vars->generation - 1;
+    return r;
+}
+
+static void vars_attach_sent(void *arg, int status, const char *output, size_t length) {
+    struct vm *vm = arg;
+    struct vars *vars = vm->vars;
+    if (!vm->gone && vars->attached) {
+        if (status == GUEST_CHANGED && vars->retries++ < 8) {
+            vars->attach_read = false;
+            status = vars_read(vars);
+        } else if (status > 0) {
+            status = vars_explain(vars, "writing", status, output, length);
+        } else if (status == 0) {
+            vars->absent = false;
+            vars_attach_step(vars);
+        }
+        if (status < 0)
+            vars_end_attach(vars, status);
+    }
+    vm_unref(vm);
+}
+
+void vars_attach_step(struct vars *vars) {
+    if (!vars->attached || !vars->attach_read || vars->refreshing || vars->flight)
+        return;
+    if (!vars->attach_booted || vars->sent_generation == vars->generation) {
+        vars_end_attach(vars, 0);
+        return;
+    }
+    vars->sent_generation = vars->generation;
+    int r = vars_send(vars, NULL, vars_attach_sent, vars->vm);
+    if (r < 0)
+        vars_end_attach(vars, r);
+    else
+        vm_ref(vars->vm);
+}
+
+static void vars_take(struct vars *vars, int status, const char *text, size_t length) {
+    struct vm *vm = vars->vm;
+    vars->refreshing = false;
+    vars->unsealed = false;
+    vars->absent = status == GUEST_ABSENT;
+    if (status > 0 && status != GUEST_ABSENT) {
+        if (vars->attached || vars->rereading || !list_is_empty(&vars->refresh_waits))
+            vars_explain(vars, "reading", status, text, length);
+        status = -ERR_IO;
+    }
+    if (status == GUEST_ABSENT) {
+        length = 0;
+        status = 0;
+    }
+    if (status == 0)
+        status = vars->attached ? vars_attach_learn(vars, text, length)
+                                : vars_learn(vars, text, length, false);
+    if (status == 0)
+        vars->learned = uv_now(vm->daemon->loop);
+    vm_wait_wake(&vars->refresh_waits, status);
+    if (vars->rereading) {
+        vars->rereading = false;
+        if (status == 0)
+            vars_resend(vars);
+        else
+            vars_batch_end(vars, status);
+    }
+    vars_start_batch(vars);
+    if (vars->attached && status < 0)
+        vars_end_attach(vars, status);
+    vars_attach_step(vars);
+}
+
+static void vars_have_read(void *arg, int status, const char *output, size_t length) {
+    struct vm *vm = arg;
+    if (!vm->gone && vm->vars->refreshing)
+        vars_take(vm->vars, status, output, length);
+    vm_unref(vm);
+}
+
+int vars_read(struct vars *vars) {
+    struct vm *vm = vars->vm;
+    cleanup_buf struct buf script = {0};
+    vm->guest->env_read(&script, vm->daemon->settings.env_file);
+    if (script.failed)
+        return -ERR_NO_MEMORY;
+    int r = control_request(vm->control, &script, vars_have_read, vm);
+    if (r < 0)
+        return r;
+    vm_ref(vm);
+    vars->refreshing = true;
+    return 0;
+}
+
+static bool vars_are_fresh(const struct vars *vars, unsigned ms) {
+    return vars->flight || (vars->learned && uv_now(vars->vm->daemon->loop) - vars->learned < ms);
+}
+
+int vars_refresh(struct vars *vars, struct vm_wait *wait) {
+    struct vm *vm = vars->vm;
+    if (vm->gone)
+        return -ERR_GONE;
+    if (vm->state == VM_UNREACHABLE)
+        return vm_check_running(vm);
+    if (vm->state != VM_RUNNING || vars_are_fresh(vars, VAR_FRESH_MS))
+        return 1;
+    int r = vars->refreshing ? 0 : vars_read(vars);
+    if (r == 0)
+        list_append(&vars->refresh_waits, &wait->link);
+    return r;
+}
+
+static void vars_poll(uv_timer_t *timer) {
+    struct vars *vars = timer->data;
+    struct vm *vm = vars->vm;
+    if (vm->gone || vm->state != VM_RUNNING)
+        return;
+    if (!vars->refreshing && !vars->flight &&
+        (vars->unsealed || !vars_are_fresh(vars, VARS_POLL_MS / 2)) && vars_read(vars) < 0)
+        log_debug("%s: the variables could not be read", vm->id);
+    if (uv_now(vm->daemon->loop) - vars->used <= VARS_LOOKED_MS)
+        uv_timer_start(timer, vars_poll, VARS_POLL_MS, 0);
+}
+
+void vars_seal_soon(struct vars *vars) {
+    vars->unsealed = true;
+    uv_timer_start(vars->poll, vars_poll, VARS_SEAL_MS, 0);
+}
+
+void vars_touch(struct vars *vars) {
+    struct vm *vm = vars->vm;
+    vars->used = uv_now(vm->daemon->loop);
+    if (vm->state == VM_RUNNING && !uv_is_active((uv_handle_t *)vars->poll))
+        uv_timer_start(vars->poll, vars_poll, 0, 0);
+}
+
+int vars_inject(struct vars *vars, struct buf *out) {
+    return vars->owned ? vars_format(vars, NULL, out) : 0;
+}
+
+void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status)) {
+    vars->attached = done;
+    vars->attach_booted = booted;
+    vars->attach_read = false;
+    vars->retries = 0;
+    int r = vars->refreshing ? 0 : vars_read(vars);
+    if (r < 0)
+        vars_end_attach(vars, r);
+}

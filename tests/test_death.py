@@ -1,0 +1,283 @@
+"""What happens when a VMM dies or stops answering, and when those who wait are killed."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from harness import (
+    BOOT_TIMEOUT,
+    SLACK,
+    TIMEOUT,
+    Client,
+    kill_and_wait,
+    pid_alive,
+    read,
+    refused,
+    sh,
+    takes_at_most,
+    wait_for,
+    write,
+)
+
+PATH = os.environ["PATH"]
+
+# --- death of QEMU ---
+
+
+@pytest.mark.deadline(240)
+def test_death_of_qemu_is_seen_at_once_by_all_who_wait(new_vm):
+    vm = new_vm("dies")
+    write(vm.env("KEPT"), "kept\n")
+    pid = vm.qemu()
+    vm.close()
+    with Client('echo "sleep 1000" > "$F"', env={"F": vm / "exec"}) as writer:
+        writer.waits()
+        with Client(["cat", vm / "exec"]) as reader:
+            reader.waits()
+            start = time.monotonic()
+            kill_and_wait(pid)
+            wait_for(lambda: vm.status() == "failed", "status says failed", 1)
+            assert time.monotonic() - start < 1.5
+            status, _, errors = reader.result(5)
+            assert status != 0 and errors
+            status, _, errors = writer.result(5)
+            assert status != 0 and errors
+    assert "signal 9" in vm.error() or "SIGKILL" in vm.error() or "KILL" in vm.error()
+    assert "echo running > status" in vm.error()
+    assert "pid" not in vm.info()
+    with refused("ENODEV", "EBUSY"):
+        write(vm / "exec", "true")
+
+    # On the host's disk meanwhile, and in the guest when it is back.
+    sh('cd "$D" && test "$(cat KEPT)" = kept && echo new > NEW && echo gone > GONE && rm GONE', D=vm / "env")
+    with takes_at_most(BOOT_TIMEOUT):
+        sh('echo running > "$F"', F=vm / "status", seconds=BOOT_TIMEOUT)
+    assert vm.status() == "running"
+    assert vm.qemu() != pid
+    assert vm.value("KEPT") == b"kept"
+    assert vm.value("NEW") == b"new"
+    assert not vm.is_set("GONE")
+    assert vm.exec("echo back") == b"back\n"
+
+
+@pytest.mark.deadline(240)
+def test_a_guest_that_powers_itself_off_or_panics_is_not_shown_as_running(new_vm):
+    a, b = new_vm("off", "panics")
+    a.ssh("poweroff", check=False)
+    b.ssh("echo 1 >/proc/sys/kernel/sysrq; (sleep 1; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &", check=False)
+    for vm in (a, b):
+        vm.close()
+        wait_for(lambda: vm.status() in ("failed", "stopped"), f"{vm.name} has ended", 30)  # noqa: B023
+        assert "echo running > status" in vm.error()
+
+
+@pytest.mark.deadline(240)
+@pytest.mark.parametrize("how", ["rmdir", "rm -r"])
+@pytest.mark.parametrize("state", ["running", "stopped QEMU", "dead QEMU", "booting", "unreachable"])
+def test_removal_leaves_nothing_in_every_state(daemon, how, state):
+    one = daemon(timeout=2)
+    guest = one.guest("x")
+    os.mkdir(guest.path)
+    write(guest.env("A"), "b")
+    if state != "booting":
+        guest.wait("running")
+        pid = guest.qemu()
+    if state in ("stopped QEMU", "unreachable"):
+        os.kill(pid, signal.SIGSTOP)
+    if state == "unreachable":
+        with refused("ETIMEDOUT", "EHOSTUNREACH"):
+            write(guest.env("A"), "c")
+        assert guest.status() == "unreachable"
+    if state == "dead QEMU":
+        kill_and_wait(pid)
+        wait_for(lambda: guest.status() == "failed", "it has failed")
+    with takes_at_most(20, how):
+        sh(f'{how} "$D"', D=guest.path, seconds=40)
+    assert os.listdir(one.mount) == []
+    with refused("ENOENT"):
+        os.stat(guest.path)
+    wait_for(lambda: not one.remains(), f"nothing is left of {one.remains()}", 10)
+
+
+@pytest.mark.deadline(200)
+def test_open_files_of_a_removed_vm_answer_enodev(new_vm, mount):
+    vm = new_vm("removed")
+    write(vm.env("A"), "b")
+    fd = os.open(vm.env("A"), os.O_WRONLY)
+    command = os.open(vm / "exec", os.O_WRONLY)
+    status = os.open(vm / "status", os.O_WRONLY)
+    with Client('echo "sleep 1000" > "$F"', env={"F": vm / "exec"}) as writer:
+        writer.waits()
+        vm.close()
+        os.rmdir(vm.path)
+        for name, one in {"env": fd, "exec": command, "status": status}.items():
+            with refused("ENODEV", "ENOENT"):
+                os.write(one, b"running")
+            os.close(one)
+            assert name
+        assert writer.result(5)[0] != 0
+    assert mount.running()
+
+
+# --- a VMM that has stopped ---
+
+
+@pytest.mark.deadline(300)
+def test_every_operation_on_a_stopped_qemu_ends_within_its_deadline(new_vm, mount):
+    vm, other = new_vm("frozen", "untouched")
+    write(vm.env("OLD"), "old\n")
+    write(vm.env("DELETED"), "x")
+    pid = vm.qemu()
+    vm.close()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # Reads are fresh for a second.
+        end = time.monotonic() + 1.1
+        wait_for(lambda: time.monotonic() > end, "what is known has grown old")
+        operations = {
+            "write env": 'echo new > "$D/env/OLD"',
+            "write a new variable": 'echo new > "$D/env/FRESH"',
+            "read env": 'cat "$D/env/OLD"',
+            "unlink env": 'rm "$D/env/DELETED"',
+            "exec": 'echo true > "$D/exec"',
+        }
+        clients = {name: Client(script, env={"D": vm.path, "PATH": PATH}) for name, script in operations.items()}
+        end = time.monotonic() + TIMEOUT + SLACK
+        # Meanwhile all else is as ever.
+        for _ in range(5):
+            with takes_at_most(1, "work on another VM"):
+                write(other.env("X"), "y")
+                write(other / "exec", "true")
+                assert read(other.env("X")) == "y"
+                assert other.status() == "running"
+                os.listdir(mount.mount)
+                os.listdir(vm / "env")
+                vm.info()
+                sh('ls -l "$D" >/dev/null', D=vm.path)
+        for name, client in clients.items():
+            status, out, errors = client.result(max(1, end - time.monotonic()))
+            assert status != 0, f"{name} succeeded: {out!r}"
+            assert errors, name
+        assert vm.status() == "unreachable"
+        assert vm.error() != ""
+        # Now it is known, and everybody is told at once.
+        for name, script in operations.items():
+            with takes_at_most(TIMEOUT + SLACK, name):
+                assert sh(script, D=vm.path, check=False, seconds=30).returncode != 0, name
+        with refused("ETIMEDOUT", "EHOSTUNREACH"):
+            write(vm / "exec", "true")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    vm.wait("running", 40)
+    names = os.listdir(vm / "env")
+    for name in names:
+        assert vm.value(name) == read(vm.env(name)).rstrip("\n").encode(), name
+    for name in ("DELETED", "FRESH"):
+        assert vm.is_set(name) == (name in names), name
+    write(vm.env("OLD"), "newest\n")
+    assert vm.value("OLD") == b"newest"
+    assert vm.exec("echo back") == b"back\n"
+
+
+@pytest.mark.deadline(240)
+def test_stopping_a_vm_whose_qemu_has_stopped_ends_with_it(new_vm):
+    vm = new_vm("frozen2")
+    write(vm.env("A"), "b\n")
+    pid = vm.qemu()
+    vm.close()
+    os.kill(pid, signal.SIGSTOP)
+    with takes_at_most(30, "echo stopped > status"):
+        sh('echo stopped > "$F"', F=vm / "status", seconds=60)
+    assert vm.status() == "stopped"
+    assert not pid_alive(pid)
+    assert read(vm.env("A")) == "b\n"
+
+
+@pytest.mark.deadline(240)
+def test_an_ssh_server_that_is_gone_makes_the_vm_unreachable_and_comes_back(new_vm):
+    vm = new_vm("deaf")
+    write(vm.env("A"), "b\n")
+    # The guest starts the server again 0.2 s later; connections that are there die with their processes.
+    vm.ssh("(usleep 300000; killall dropbear) >/dev/null 2>&1 &", check=False)
+    vm.close()
+
+    def works():
+        try:
+            write(vm.env("A"), "c\n")
+        except OSError:
+            return False
+        return vm.status() == "running"
+
+    wait_for(lambda: vm.status() != "running", "the loss is seen", 10)
+    wait_for(works, "it works again", 30)
+    assert vm.value("A") == b"c"
+    assert vm.exec("echo on") == b"on\n"
+
+
+# --- death of those who wait ---
+
+
+def clients_that_wait(vm):
+    """A script for each operation that can wait for a guest which does not answer."""
+    return {
+        "write env": 'echo new > "$D/env/A"',
+        "create env": 'echo new > "$D/env/NEW"',
+        "open env for reading": 'cat "$D/env/B"',
+        "unlink env": 'rm -f "$D/env/C"',
+        "write exec": 'echo true > "$D/exec"',
+        "read exec": 'cat "$D/exec"',
+        "read-write exec": 'exec 3<>"$D/exec"; echo true >&3; cat <&3',
+        "append env": 'echo more >> "$D/env/D"',
+        "flush env": 'printf x | dd of="$D/env/E" bs=1 conv=fsync status=none',
+        "write status": 'echo stopped > "$D/status"',
+    }
+
+
+@pytest.mark.deadline(300)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+def test_a_client_that_is_killed_while_it_waits_is_gone_within_a_second(daemon, number):
+    one = daemon(timeout=60)
+    vm = one.boot("stuck")
+    for name in "ABCDE":
+        write(vm.env(name), "v\n")
+    pid = vm.qemu()
+    vm.close()
+    with Client('echo "sleep 1000" > "$F"', env={"F": vm / "exec"}) as writer:
+        wait_for(lambda: vm.runs("sleep 1000"), "the command runs")
+        vm.close()
+        writer.waits()
+        end = time.monotonic() + 1.1
+        wait_for(lambda: time.monotonic() > end, "what is known has grown old")
+        os.kill(pid, signal.SIGSTOP)
+        for name, script in clients_that_wait(vm).items():
+            with Client(script, env={"D": vm.path, "PATH": PATH}) as client:
+                client.waits()
+                start = time.monotonic()
+                client.signal(number)
+                assert client.result(10)[0] != 0, name
+                assert time.monotonic() - start < 1, name
+            assert one.running(), name
+        # And the one that has been there all the time.
+        start = time.monotonic()
+        writer.signal(number)
+        assert writer.result(10)[0] != 0
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.deadline(200)
+def test_many_clients_killed_at_once_are_gone_and_the_daemon_goes_on(new_vm, mount):
+    vm = new_vm("crowd")
+    clients = [Client(f'echo "sleep {2000 + n}" > "$F"', env={"F": vm / "exec"}) for n in range(30)]
+    for client in clients:
+        client.waits(30)
+    start = time.monotonic()
+    for client in clients:
+        client.signal(signal.SIGKILL)
+    for client in clients:
+        assert client.result(10)[0] == -signal.SIGKILL
+    assert time.monotonic() - start < 3
+    wait_for(lambda: not [line for line in vm.processes() if "sleep 20" in line], "all have ended in the guest", 20)
+    assert mount.running()
+    assert vm.exec("echo on") == b"on\n"
