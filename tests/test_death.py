@@ -93,6 +93,11 @@ def test_removal_leaves_nothing_in_every_state(daemon, how, state):
     if state == "dead QEMU":
         kill_and_wait(pid)
         wait_for(lambda: guest.status() == "failed", "it has failed")
+    if how == "rm -r" and state in ("stopped QEMU", "unreachable"):
+        # It removes the variables first, and for them the guest is needed: it says so, and rmdir is the way.
+        done = sh('rm -r "$D"', D=guest.path, check=False)
+        assert done.returncode != 0 and b"env/A" in done.stderr
+        how = "rmdir"
     with takes_at_most(20, how):
         sh(f'{how} "$D"', D=guest.path, seconds=40)
     assert os.listdir(one.mount) == []
@@ -137,13 +142,15 @@ def test_every_operation_on_a_stopped_qemu_ends_within_its_deadline(new_vm, moun
         end = time.monotonic() + 1.1
         wait_for(lambda: time.monotonic() > end, "what is known has grown old")
         operations = {
+            "read env": 'cat "$D/env/OLD"',
             "write env": 'echo new > "$D/env/OLD"',
             "write a new variable": 'echo new > "$D/env/FRESH"',
-            "read env": 'cat "$D/env/OLD"',
-            "unlink env": 'rm "$D/env/DELETED"',
             "exec": 'echo true > "$D/exec"',
+            "unlink env": 'rm "$D/env/DELETED"',
         }
-        clients = {name: Client(script, env={"D": vm.path, "PATH": PATH}) for name, script in operations.items()}
+        clients = {}
+        for name, script in operations.items():
+            clients[name] = Client(script, env={"D": vm.path, "PATH": PATH}).waits()
         end = time.monotonic() + TIMEOUT + SLACK
         # Meanwhile all else is as ever.
         for _ in range(5):
@@ -153,7 +160,6 @@ def test_every_operation_on_a_stopped_qemu_ends_within_its_deadline(new_vm, moun
                 assert read(other.env("X")) == "y"
                 assert other.status() == "running"
                 os.listdir(mount.mount)
-                os.listdir(vm / "env")
                 vm.info()
                 sh('ls -l "$D" >/dev/null', D=vm.path)
         for name, client in clients.items():
@@ -219,12 +225,46 @@ def test_an_ssh_server_that_is_gone_makes_the_vm_unreachable_and_comes_back(new_
 # --- death of those who wait ---
 
 
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ('echo a > "$D/env/A"', 'echo b > "$D/env/A"'),
+        ('rm "$D/env/A"', 'ls "$D/env"'),
+        ('rm "$D/env/A"', 'cat "$D/env/B"'),
+        ('rm "$D/env/A"', 'echo new > "$D/env/NEW"'),
+        ('echo stopped > "$D/status"', 'echo running > "$D/status"'),
+        ('cat "$D/exec"', 'cat "$D/exec"'),
+    ],
+)
+def test_who_waits_for_another_waiting_client_can_be_killed(daemon, first, second):
+    one = daemon(timeout=60)
+    vm = one.boot("queue")
+    write(vm.env("A"), "v\n")
+    write(vm.env("B"), "v\n")
+    with Client('echo "sleep 1000" > "$F"', env={"F": vm / "exec"}) as writer:
+        writer.waits()
+        os.kill(vm.qemu(), signal.SIGSTOP)
+        env = {"D": vm.path, "PATH": PATH}
+        with Client(first, env=env) as before, Client(second, env=env) as client:
+            before.waits()
+            start = time.monotonic()
+            client.signal(signal.SIGKILL)
+            client.result(20)
+            assert time.monotonic() - start < 1
+            start = time.monotonic()
+            before.signal(signal.SIGKILL)
+            before.result(20)
+            assert time.monotonic() - start < 1
+
+
 def clients_that_wait(vm):
     """A script for each operation that can wait for a guest which does not answer."""
     return {
+        # Before the writes: while one is under way, what is known is what the guest will have.
+        "open env for reading": 'cat "$D/env/B"',
         "write env": 'echo new > "$D/env/A"',
         "create env": 'echo new > "$D/env/NEW"',
-        "open env for reading": 'cat "$D/env/B"',
         "unlink env": 'rm -f "$D/env/C"',
         "write exec": 'echo true > "$D/exec"',
         "read exec": 'cat "$D/exec"',

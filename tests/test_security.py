@@ -8,7 +8,20 @@ import threading
 
 import pytest
 
-from harness import Client, processes_with, read, read_bytes, refused, runtime_dir, wait_for, write
+from harness import (
+    IMAGES,
+    VMSFS,
+    Client,
+    environment,
+    kill_and_wait,
+    processes_with,
+    read,
+    read_bytes,
+    refused,
+    runtime_dir,
+    wait_for,
+    write,
+)
 
 NOBODY = 65534
 
@@ -205,8 +218,6 @@ def test_an_ordinary_user_runs_vms_of_their_own(daemon):
             changed.append((path, mode))
             os.chmod(path, mode | 0o011)
         path = os.path.dirname(path)
-    from harness import IMAGES, VMSFS, environment  # noqa: PLC0415
-
     user = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --inh-caps=-all"
     script = f"""
         set -e

@@ -15,6 +15,13 @@
 #define GUEST_CHANGED 75
 #define GUEST_ABSENT 76
 
+/* What is found out about a guest when it is first reached. */
+struct guest_facts {
+    char shell[128]; /* the user's, if it understands sh; else /bin/sh */
+    bool own_shell;  /* it is the user's: the server runs commands with it */
+    bool own_group;  /* the server gives each command a process group of its own */
+};
+
 struct guest_ops {
     const char *name;
 
@@ -26,6 +33,10 @@ struct guest_ops {
      * all that comes behind in the file. */
     bool (*name_is_reserved)(const char *name);
 
+    /* The first request, and what its answer says. */
+    void (*control_hello)(struct buf *out);
+    void (*control_facts)(const char *output, size_t length, struct guest_facts *ret_facts);
+
     /* Scripts for requests. They watch the env file, so that what others change in it is not
      * overwritten unseen.
      *
@@ -35,13 +46,14 @@ struct guest_ops {
      * then nothing has been done. Any other status but 0: it prints why not, and the old file is there. */
     void (*env_replace)(struct buf *out, const char *path, const char *bytes, size_t length,
                         bool absent);
-    /* Sends TERM, or with `hard` KILL, to the command whose first process is `pid`, and to all that came of it. */
+    /* Sends TERM, or with `hard` KILL, to the process group of the command whose first process is `pid`. */
     void (*command_signal)(struct buf *out, long pid, bool hard);
 
     /* The shell that is started in advance for one command: it prints its process id and a newline on
-     * stderr, in a process group of its own, and waits for command_start() on its input. When the command ends it prints the marker
-     * (guest_marker_find) on stdout and on stderr. Variables are those of the moment of command_start(). */
-    void (*command_shell)(struct buf *out, const char *env_path);
+     * stderr, and waits for command_start() on its input. When the command ends it prints the marker
+     * (guest_marker_find) on stdout and on stderr. Variables are those of the moment of command_start(). `new_group`: it is to make a process group of its own. */
+    void (*command_shell)(struct buf *out, const struct guest_facts *facts, const char *env_path,
+                          bool new_group);
     void (*command_start)(struct buf *out, const char *nonce, bool login, const char *command,
                           size_t length);
 };

@@ -79,9 +79,38 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
                t.data, t.data, target.data, target.data, t.data);
 }
 
+/* Field 5 of /proc/PID/stat is the process group (proc(5)). */
+static void linux_control_hello(struct buf *out) {
+    buf_append_str(out, "read -r a b c d g e </proc/$$/stat; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
+}
+
+static void linux_control_facts(const char *output, size_t length, struct guest_facts *ret_facts) {
+    static const char *const shells[] = {"/sh", "/bash", "/dash", "/ash", "/ksh", "/zsh"};
+    const char *end = output + length;
+    *ret_facts = (struct guest_facts){.shell = "/bin/sh"};
+    if (length >= 4 && memcmp(output, "own\n", 4) == 0) {
+        ret_facts->own_group = true;
+        output += 4;
+    }
+    size_t n = 0;
+    while (output + n < end && output[n] != '\n')
+        n++;
+    /* csh, fish and the like do not take sh's words. */
+    for (size_t i = 0; i < sizeof shells / sizeof *shells && n < sizeof ret_facts->shell; i++) {
+        size_t tail = strlen(shells[i]);
+        if (n >= tail && output[0] == '/' && memcmp(output + n - tail, shells[i], tail) == 0 &&
+            !memchr(output, 0, n)) {
+            memcpy(ret_facts->shell, output, n);
+            ret_facts->shell[n] = '\0';
+            ret_facts->own_shell = true;
+        }
+    }
+}
+
 static void linux_command_signal(struct buf *out, long pid, bool hard) {
-    /* The group is gone when the command has ended meanwhile: no error. */
-    buf_printf(out, "kill -%s -%ld 2>/dev/null || :", hard ? "KILL" : "TERM", pid);
+    /* The process is gone when the command has ended meanwhile: no error. */
+    buf_printf(out, "{ read -r a b c d g e </proc/%ld/stat && kill -%s -\"$g\"; } 2>/dev/null || :", pid,
+               hard ? "KILL" : "TERM");
 }
 
 /* The shell that was started in advance. `eval` runs the command in this very shell, so that starting it costs no
@@ -96,22 +125,22 @@ static const char linux_shell_script[] =
     "echo $$ >&2\n"
     "IFS= read -r _vmsfs_line && eval \"$_vmsfs_line\"\n";
 
-static void linux_command_shell(struct buf *out, const char *env_path) {
+static void linux_command_shell(struct buf *out, const struct guest_facts *facts, const char *env_path,
+                                bool new_group) {
     cleanup_buf struct buf script = {0};
     buf_append_str(&script, "_vmsfs_file=");
     linux_quoted(&script, env_path);
     buf_append_char(&script, '\n');
     buf_append_str(&script, linux_shell_script);
-
-    /* The command is to be the leader of a process group, to which signals are sent. OpenSSH makes a
-     * session for each command; dropbear does not, and there `kill 0` would hit the server. Field 5
-     * of /proc/PID/stat is the group (proc(5)). csh, fish and the like do not take sh's words. */
-    buf_append_str(out, "exec /bin/sh -c '"
-                        "case ${SHELL##*/} in bash|dash|ash|ksh|zsh) s=$SHELL;; *) s=/bin/sh;; esac; "
-                        "read -r a b c d g e </proc/$$/stat; "
-                        "[ \"$g\" = $$ ] && exec \"$s\" -c \"$0\"; "
-                        "exec setsid \"$s\" -c \"$0\"' ");
-    env_quote(out, script.data, script.len);
+    /* Each exec costs as much as all the rest, so it is done without where that is possible. */
+    if (new_group || !facts->own_shell) {
+        buf_append_str(out, new_group ? "exec setsid " : "exec ");
+        linux_quoted(out, facts->shell);
+        buf_append_str(out, " -c ");
+        env_quote(out, script.data, script.len);
+    } else {
+        buf_append(out, script.data, script.len);
+    }
     out->failed |= script.failed;
 }
 
@@ -147,6 +176,8 @@ const struct guest_ops guest_linux = {
     .name = "linux",
     .control_shell = linux_control_shell,
     .control_request = linux_control_request,
+    .control_hello = linux_control_hello,
+    .control_facts = linux_control_facts,
     .name_is_reserved = linux_name_is_reserved,
     .env_read = linux_env_read,
     .env_replace = linux_env_replace,

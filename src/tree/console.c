@@ -26,7 +26,7 @@ static void console_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
-    ret_stat->attr_seconds = 0;
+    ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 
     struct stat st;
     cleanup_close int fd = console_file(node->vm);

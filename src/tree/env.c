@@ -17,7 +17,6 @@ static void env_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_nlink = 2;
     ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_changed(node->vm->vars);
-    ret_stat->attr_seconds = 0;
 }
 
 static int env_lookup(struct node *dir, const char *name, struct node **ret_node) {

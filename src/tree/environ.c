@@ -96,7 +96,8 @@ static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     cleanup_buf struct buf text = {0};
     environ_print(node->vm, &text);
     node_stat_init(node, ret_stat);
-    ret_stat->entry_seconds = ret_stat->attr_seconds = 0;
+    ret_stat->entry_seconds = 0;
+    ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = (off_t)text.len;

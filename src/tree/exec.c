@@ -41,7 +41,7 @@ static void exec_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = newest ? (off_t)newest->output : 0;
     ret_stat->entry_seconds = 0; /* a node for each lookup */
-    ret_stat->attr_seconds = 0;
+    ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
 
 static void exec_open(struct node *node, int flags, struct request *rq) {

@@ -113,6 +113,10 @@ struct node_row {
     bool (*generate)(struct vm *vm, struct buf *out); /* contents, for text files (tree/text.c) */
 };
 
+/* How long the kernel keeps the attributes of a file that may change at any time: from the LOOKUP to the OPEN behind it, which
+ * needs the mode for its permission check. */
+#define NODE_BRIEF_SECONDS 0.01
+
 struct node *node_root_new(struct daemon *daemon);
 
 /* The child node called `name`: the one the kernel has already, or a new one; a new reference. NULL: no

@@ -19,7 +19,8 @@ static void status_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = (off_t)strlen(vm_state_name(node->vm->state)) + 1;
-    ret_stat->attr_seconds = 0;
+    ret_stat->entry_seconds = 0; /* while a write waits, others get a node of their own */
+    ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
 
 static void status_open(struct node *node, int flags, struct request *rq) {

@@ -16,7 +16,7 @@ void text_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = (off_t)text.len;
-    ret_stat->attr_seconds = 0;
+    ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
 
 void text_open(struct node *node, int flags, struct request *rq) {

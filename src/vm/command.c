@@ -314,6 +314,11 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
         break;
     case SSH_REFUSED:
     case SSH_LOST:
+        if (shell->kill_wanted) { /* the signal has hit the server's side of the connection as well */
+            end = COMMAND_SIGNALED;
+            snprintf(command->signal, sizeof command->signal, "TERM");
+            break;
+        }
         end = exit->end == SSH_LOST ? COMMAND_LOST : COMMAND_REFUSED;
         command->error = exit->error;
         vm_fail(command->vm, exit->error, "exec: %s: %s",
@@ -346,7 +351,11 @@ static struct command_shell *shell_open(struct commands *commands) {
         .data = shell_data, .exited = shell_exited, .closed = shell_over};
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
-    commands->vm->guest->command_shell(&text, commands->vm->daemon->settings.env_file);
+    const struct vm *vm = commands->vm;
+    /* Signals go to a process group. Where the server makes none for a command, that of its connection will do, if
+     * it has the connection to itself (dropbear: `kill 0` in a command would otherwise hit the others). */
+    bool new_group = !vm->facts.own_group && !ssh_pool_is_exclusive(commands->pool);
+    vm->guest->command_shell(&text, &vm->facts, vm->daemon->settings.env_file, new_group);
     if (!shell || text.failed) {
         free(shell);
         return NULL;

@@ -159,10 +159,9 @@ static void control_answers(struct control *control) {
 
 static void control_hello(void *arg, int status, const char *output, size_t length) {
     struct control *control = arg;
-    (void)output;
-    (void)length;
-    if (status != 0)
+    if (status < 0)
         return; /* told by control_lost(), too */
+    control->vm->guest->control_facts(output, length, &control->vm->facts);
     control->up = true;
     control->retry = CONTROL_RETRY_MS;
     vm_guest_up(control->vm);
@@ -193,7 +192,7 @@ static void control_up(void *arg) {
     struct control *control = arg;
     cleanup_buf struct buf command = {0}, hello = {0};
     control->vm->guest->control_shell(&command);
-    buf_append_str(&hello, ":");
+    control->vm->guest->control_hello(&hello);
     int r = command.failed ? -ERR_NO_MEMORY
                            : ssh_channel_exec(control->session, command.data, &events, control,
                                               &control->shell);
@@ -228,6 +227,13 @@ void control_start(struct control *control) {
         return;
     control->started = true;
     control->retry = CONTROL_RETRY_MS;
+    control_connect(control);
+}
+
+void control_hurry(struct control *control) {
+    if (!control->started || control->up || control->shell)
+        return;
+    control_disconnect(control);
     control_connect(control);
 }
 

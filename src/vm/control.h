@@ -21,6 +21,9 @@ void control_free(struct control *control);
  * vm_guest_up() each time the shell answers, vm_guest_lost() when it is lost. */
 void control_start(struct control *control);
 
+/* The guest is known to listen now: an attempt that waits for an answer since before is given up for a new one. */
+void control_hurry(struct control *control);
+
 /* Ends the connection; waiting requests fail with `status`. */
 void control_stop(struct control *control, int status);
 

@@ -32,6 +32,7 @@ void image_close(struct image *image) {
     free(image->initrd);
     free(image->boot_args);
     free(image->user);
+    free(image->ready);
     *image = (struct image){0};
 }
 
@@ -95,6 +96,7 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
         image_file(image, json, *ret_field = "initrd", &image->initrd) < 0 ||
         image_text(json, *ret_field = "boot_args", "console=ttyS0", &image->boot_args) < 0 ||
         image_text(json, *ret_field = "user", "root", &image->user) < 0 ||
+        image_text(json, *ret_field = "ready", "", &image->ready) < 0 ||
         image_number(json, *ret_field = "vcpus", 256, &image->vcpus) < 0 ||
         image_number(json, *ret_field = "memory", 1 << 20, &image->memory) < 0 ||
         image_number(json, *ret_field = "memory_min", 1 << 20, &image->memory_min) < 0)

@@ -6,7 +6,7 @@
  * folder's name, looked for in image_search_path(), or by an absolute path.
  *
  *     {"os": "linux", "kernel": "vmlinuz", "initrd": "initrd.img", "boot_args": "…", "inject": "cpio",
- *      "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80}
+ *      "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80, "ready": "…"}
  *
  * "inject": "cpio": the guest is an initramfs, and what is particular to a VM is a second cpio archive. */
 
@@ -15,6 +15,7 @@ struct image {
     char *kernel, *initrd; /* absolute */
     char *boot_args;
     char *user;
+    char *ready; /* what the console says when the SSH server listens; empty: not known */
     unsigned vcpus, memory, memory_min;
 };
 

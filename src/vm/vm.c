@@ -12,6 +12,7 @@
 #include "util/log.h"
 #include "vm/boot.h"
 #include "vm/command.h"
+#include "vm/console_watch.h"
 #include "vm/control.h"
 #include "vm/target.h"
 #include "vm/vars.h"
@@ -180,6 +181,7 @@ static void vm_attached(struct vm *vm, int status) {
     if (vm->state == VM_BOOTING && !vm->attached)
         vm->booted_ms = uv_now(vm->daemon->loop) - vm->boot_started;
     vm->attached = true;
+    console_watch_stop(vm);
     uv_timer_stop(vm->timer);
     commands_start(vm->commands);
     vm_set_state(vm, VM_RUNNING);
@@ -202,6 +204,7 @@ void vm_guest_lost(struct vm *vm, int status, const char *why) {
 
 void vm_disconnect(struct vm *vm, int status, const char *why) {
     uv_timer_stop(vm->timer);
+    console_watch_stop(vm);
     vars_detach(vm->vars, status); /* first, so that nothing of it is sent anew */
     control_stop(vm->control, status);
     commands_stop(vm->commands, status, why);
@@ -300,6 +303,7 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         return;
     }
     vm_save(vm);
+    console_watch_start(vm, result->image.ready);
 }
 
 int vm_boot(struct vm *vm) {

@@ -65,10 +65,12 @@ struct vm {
     char *image;  /* as configured */
     unsigned vcpus, memory; /* as configured; 0: what the image says */
     struct vm_boot *boot;   /* preparation under way (vm/boot.c), or NULL */
+    struct console_watch *console_watch; /* while booting (vm/console_watch.c), or NULL */
     struct buf host_key;    /* public key blob that the guest must show */
     char *user;             /* whom to log in as; of the image */
 
     const struct guest_ops *guest;
+    struct guest_facts facts; /* known once the guest has been reached */
     struct vmm *vmm; /* NULL when nothing runs */
     struct vars *vars;
     struct scratches *env_scratch; /* temporary files beside the variables */

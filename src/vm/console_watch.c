@@ -1,0 +1,84 @@
+#include "vm/console_watch.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "util/buf.h"
+#include "vm/control.h"
+#include "vm/vm.h"
+
+#define CONSOLE_WATCH_KEPT 4096
+
+struct console_watch {
+    uv_fs_event_t event;
+    struct vm *vm;
+    int fd;
+    char *line;
+    struct buf text; /* the end of what has been read */
+};
+
+static void console_watch_closed(uv_handle_t *handle) {
+    struct console_watch *watch = handle->data;
+    close(watch->fd);
+    free(watch->line);
+    buf_free(&watch->text);
+    free(watch);
+}
+
+void console_watch_stop(struct vm *vm) {
+    if (vm->console_watch)
+        uv_close((uv_handle_t *)&vm->console_watch->event, console_watch_closed);
+    vm->console_watch = NULL;
+}
+
+static void console_watch_look(struct console_watch *watch) {
+    char block[4096];
+    ssize_t n;
+    while ((n = read(watch->fd, block, sizeof block)) > 0) {
+        buf_append(&watch->text, block, (size_t)n);
+        if (watch->text.len && memmem(watch->text.data, watch->text.len, watch->line, strlen(watch->line))) {
+            struct vm *vm = watch->vm;
+            console_watch_stop(vm);
+            control_hurry(vm->control);
+            return;
+        }
+        if (watch->text.len > 2 * CONSOLE_WATCH_KEPT)
+            buf_consume(&watch->text, watch->text.len - CONSOLE_WATCH_KEPT);
+    }
+}
+
+static void console_watch_event(uv_fs_event_t *event, const char *filename, int events, int status) {
+    (void)filename;
+    (void)events;
+    if (status == 0)
+        console_watch_look(event->data);
+}
+
+void console_watch_start(struct vm *vm, const char *line) {
+    struct buf path = {0};
+    struct console_watch *watch = line[0] ? calloc(1, sizeof *watch) : NULL;
+    console_watch_stop(vm);
+    if (!watch)
+        return;
+    buf_printf(&path, "%s/serial.log", vm->dir);
+    watch->fd = path.failed ? -1 : open(path.data, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    watch->line = strdup(line);
+    watch->vm = vm;
+    watch->event.data = watch;
+    if (watch->fd < 0 || !watch->line || uv_fs_event_init(vm->daemon->loop, &watch->event) < 0) {
+        if (watch->fd >= 0)
+            close(watch->fd);
+        free(watch->line);
+        free(watch);
+        buf_free(&path);
+        return;
+    }
+    vm->console_watch = watch;
+    if (uv_fs_event_start(&watch->event, console_watch_event, path.data, 0) < 0)
+        console_watch_stop(vm);
+    else
+        console_watch_look(watch);
+    buf_free(&path);
+}
