@@ -139,7 +139,7 @@ class Client:
         """The letter of ps: S or D while it waits; None when it has ended."""
         return process_state(self.process.pid)
 
-    def waits(self, seconds=10):
+    def waits(self, what="file system", seconds=10):
         """Until it is blocked in a request to the mount: one and the same system call, for a while."""
         since = {}
 
@@ -153,7 +153,7 @@ class Client:
                     return True
             return False
 
-        wait_for(blocked, f"process {self.process.pid} waits for the file system", seconds)
+        wait_for(blocked, f"process {self.process.pid} waits ({what})", seconds)
         return self
 
 
@@ -178,9 +178,11 @@ def session_pids(leader):
 
 
 def blocked_call(pid):
-    """The system call, with its arguments, in which a process waits for an answer to a FUSE request; or None."""
+    """The system call, with its arguments, in which a process waits for an answer to a FUSE request, or for the lock
+    of an inode that such a request holds; or None."""
     try:
-        return read(f"/proc/{pid}/syscall") if "request_wait" in read(f"/proc/{pid}/wchan") else None
+        wchan = read(f"/proc/{pid}/wchan")
+        return read(f"/proc/{pid}/syscall") if "request_wait" in wchan or "rwsem_" in wchan else None
     except OSError:
         return None
 

@@ -150,7 +150,7 @@ def test_every_operation_on_a_stopped_qemu_ends_within_its_deadline(new_vm, moun
         }
         clients = {}
         for name, script in operations.items():
-            clients[name] = Client(script, env={"D": vm.path, "PATH": PATH}).waits()
+            clients[name] = Client(script, env={"D": vm.path, "PATH": PATH}).waits(name)
         end = time.monotonic() + TIMEOUT + SLACK
         # Meanwhile all else is as ever.
         for _ in range(5):
@@ -246,8 +246,7 @@ def test_who_waits_for_another_waiting_client_can_be_killed(daemon, first, secon
         writer.waits()
         os.kill(vm.qemu(), signal.SIGSTOP)
         env = {"D": vm.path, "PATH": PATH}
-        with Client(first, env=env) as before, Client(second, env=env) as client:
-            before.waits()
+        with Client(first, env=env).waits("first") as before, Client(second, env=env).waits("second") as client:
             start = time.monotonic()
             client.signal(signal.SIGKILL)
             client.result(20)
@@ -293,7 +292,7 @@ def test_a_client_that_is_killed_while_it_waits_is_gone_within_a_second(daemon, 
         os.kill(pid, signal.SIGSTOP)
         for name, script in clients_that_wait(vm).items():
             with Client(script, env={"D": vm.path, "PATH": PATH}) as client:
-                client.waits()
+                client.waits(name)
                 start = time.monotonic()
                 client.signal(number)
                 assert client.result(10)[0] != 0, name
@@ -311,7 +310,7 @@ def test_many_clients_killed_at_once_are_gone_and_the_daemon_goes_on(new_vm, mou
     vm = new_vm("crowd")
     clients = [Client(f'echo "sleep {2000 + n}" > "$F"', env={"F": vm / "exec"}) for n in range(30)]
     for client in clients:
-        client.waits(30)
+        client.waits(seconds=30)
     start = time.monotonic()
     for client in clients:
         client.signal(signal.SIGKILL)

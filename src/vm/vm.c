@@ -216,7 +216,7 @@ static void vm_vmm_ready(void *arg) {
     control_start(vm->control);
 }
 
-static void vm_vmm_exited(void *arg, const char *why) {
+static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
     struct vm *vm = arg;
     enum vm_state was = vm->state;
     vm->vmm->ops->release(vm->vmm);
@@ -225,7 +225,7 @@ static void vm_vmm_exited(void *arg, const char *why) {
     if (!vm->gone) {
         if (was == VM_FAILED || was == VM_STOPPED) {
             log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
-        } else if (was == VM_STOPPING) {
+        } else if (was == VM_STOPPING || (powered_off && was != VM_BOOTING)) {
             vm_disconnect(vm, -ERR_GONE, "the VM was stopped");
             vm_set_state(vm, VM_STOPPED);
         } else {

@@ -29,7 +29,6 @@
 #define QEMU_GRACE_MS 1000   /* for an end that has begun, with QMP gone already */
 #define QEMU_RETRY_MS 50     /* between questions for the port */
 #define QEMU_PRESS_MS 2000   /* between presses of the power button */
-#define QEMU_COMMAND_MS 5000 /* pause and resume */
 #define QEMU_GUEST_SSH 22
 
 enum qemu_stage {
@@ -51,23 +50,17 @@ struct qemu {
     uv_timer_t deadline;     /* of the stage */
     uv_timer_t retry;        /* asks for the port, or presses the power button, again */
     unsigned handles;        /* of these two, not yet closed */
-    struct list requests;    /* struct qemu_request, owned: pause and resume */
     enum qemu_stage stage;
     bool kvm;
     uint16_t port;        /* 0: not known yet */
     unsigned quit_ms;     /* of stop() */
     char *socket;         /* owned; path */
     char *log;            /* owned; path, of QEMU's own output */
+    bool powered_off;     /* by the guest, as QMP has told it */
     const char *shutdown; /* why QEMU ends, as QMP has told it; or NULL */
     char killed_for[200]; /* why it had or will have to be killed; or empty */
 };
 
-struct qemu_request {
-    struct list link;
-    struct qemu *qemu;
-    vmm_done *done;
-    void *arg;
-};
 
 static struct qemu *qemu_of(const struct vmm *vmm) {
     return (struct qemu *)(void *)vmm;
@@ -84,9 +77,6 @@ static void qemu_on_timer_closed(uv_handle_t *handle) {
 
 static void qemu_release(struct vmm *vmm) {
     struct qemu *q = qemu_of(vmm);
-    struct list *l;
-    while ((l = list_pop(&q->requests)))
-        free(LIST_OWNER(l, struct qemu_request, link));
     qmp_close(q->qmp);
     process_release(q->process);
     uv_close((uv_handle_t *)&q->deadline, qemu_on_timer_closed);
@@ -95,11 +85,13 @@ static void qemu_release(struct vmm *vmm) {
 
 /* ---- the end ---- */
 
+#define QEMU_POWERED_OFF "guest-shutdown"
+
 /* QMP's ShutdownCause, for the user. */
 static const struct {
     const char *cause, *text;
 } qemu_shutdowns[] = {
-    {"guest-shutdown", "the guest has powered off"},
+    {QEMU_POWERED_OFF, "the guest has powered off"},
     {"guest-reset", "the guest has restarted, or its kernel has panicked"},
     {"guest-panic", "the guest's kernel has panicked"},
     {"host-qmp-quit", "it was told to quit"},
@@ -115,6 +107,7 @@ static void qemu_on_event(void *arg, const char *name, const json_t *data) {
     for (size_t i = 0; i < sizeof qemu_shutdowns / sizeof *qemu_shutdowns; i++)
         if (strcmp(cause, qemu_shutdowns[i].cause) == 0)
             q->shutdown = qemu_shutdowns[i].text;
+    q->powered_off = strcmp(cause, QEMU_POWERED_OFF) == 0;
 }
 
 static void qemu_on_exited(void *arg, const char *how) {
@@ -136,7 +129,7 @@ static void qemu_on_exited(void *arg, const char *how) {
     uv_timer_stop(&q->retry);
     unlink(q->socket);
     qmp_abort(q->qmp, -ERR_GONE, "QEMU has ended");
-    q->events.exited(q->arg, why.failed ? "QEMU ended" : why.data);
+    q->events.exited(q->arg, q->powered_off, why.failed ? "QEMU ended" : why.data);
 }
 
 static void qemu_kill(struct vmm *vmm) {
@@ -322,44 +315,6 @@ static void qemu_on_deadline(uv_timer_t *timer) {
     }
 }
 
-/* ---- pause and resume ---- */
-
-static void qemu_on_request_done(void *arg, int status, const json_t *result, const char *why) {
-    struct qemu_request *r = arg;
-    (void)result;
-    list_remove(&r->link);
-    if (status < 0 && r->qemu->stage == STAGE_EXITED) {
-        status = -ERR_GONE; /* whatever the connection broke from first */
-        why = "QEMU has ended";
-    }
-    r->done(r->arg, status, why);
-    free(r);
-}
-
-static void qemu_request(struct vmm *vmm, const char *command, vmm_done *done, void *arg) {
-    struct qemu *q = qemu_of(vmm);
-    struct qemu_request *r = calloc(1, sizeof *r);
-    if (r) {
-        *r = (struct qemu_request){.qemu = q, .done = done, .arg = arg};
-        list_append(&q->requests, &r->link);
-        if (qmp_command(qemu_connect(q), command, NULL, QEMU_COMMAND_MS, qemu_on_request_done, r) ==
-            0)
-            return;
-        list_remove(&r->link);
-        free(r);
-    }
-    /* Without memory there is no later; better at once than never. */
-    done(arg, -ENOMEM, "out of memory");
-}
-
-static void qemu_pause(struct vmm *vmm, vmm_done *done, void *arg) {
-    qemu_request(vmm, "stop", done, arg);
-}
-
-static void qemu_resume(struct vmm *vmm, vmm_done *done, void *arg) {
-    qemu_request(vmm, "cont", done, arg);
-}
-
 /* ---- create and adopt ---- */
 
 static char *path_join(const char *folder, const char *name) {
@@ -382,7 +337,6 @@ static int qemu_new(uv_loop_t *loop, const struct vmm_config *config, const char
         .socket = strdup(socket),
         .log = path_join(config->dir, "vmm.log"),
     };
-    list_init(&q->requests);
     uv_timer_init(loop, &q->deadline); /* these cannot fail */
     uv_timer_init(loop, &q->retry);
     q->deadline.data = q->retry.data = q;
@@ -574,8 +528,6 @@ const struct vmm_ops qemu_ops = {
     .save = qemu_save,
     .stop = qemu_stop,
     .kill = qemu_kill,
-    .pause = qemu_pause,
-    .resume = qemu_resume,
     .endpoint = qemu_endpoint,
     .describe = qemu_describe,
     .release = qemu_release,

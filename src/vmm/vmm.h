@@ -31,8 +31,9 @@ struct vmm_events {
     /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
     void (*ready)(void *arg);
     /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not released
-     * before. `why` is a sentence for the user, with the VMM's own last words where there are some. */
-    void (*exited)(void *arg, const char *why);
+     * before. `powered_off`: the guest has done so itself, in order. `why` is a sentence for the user, with the
+     * VMM's own last words where there are some. */
+    void (*exited)(void *arg, bool powered_off, const char *why);
 };
 
 /* Where the guest's SSH server is reached. */
@@ -40,8 +41,6 @@ struct vmm_endpoint {
     struct sockaddr_storage address;
     socklen_t length;
 };
-
-typedef void vmm_done(void *arg, int status, const char *why);
 
 struct vmm_ops {
     const char *name; /* as in `config/backend` */
@@ -69,10 +68,6 @@ struct vmm_ops {
 
     /* SIGKILL, now. The end is told by exited(). */
     void (*kill)(struct vmm *vmm);
-
-    /* Stop and go on with the guest's CPUs. `done` is called exactly once, unless released before. */
-    void (*pause)(struct vmm *vmm, vmm_done *done, void *arg);
-    void (*resume)(struct vmm *vmm, vmm_done *done, void *arg);
 
     /* Where SSH is; false as long as that is not known. */
     bool (*endpoint)(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint);
