@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,7 +8,6 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
-#include <linux/magic.h>
 #include <unistd.h>
 #include <uv.h>
 
@@ -21,11 +21,11 @@
 
 /* Start and end of the daemon.
  *
- * Whatever can be known to be wrong is looked for before the fork and before anything is mounted. The starting
- * process ends when the mount answers, or with the reason why there is none. */
+ * Whatever can be known to be wrong is looked for before the fork and before anything is mounted.
+ * The starting process ends when the mount answers, or with the reason why there is none. */
 
-/* How long VMs of an earlier daemon are waited for before the mount, so that they are not seen as unreachable for
- * nothing. */
+/* How long VMs of an earlier daemon are waited for before the mount, so that they are not seen as
+ * unreachable for nothing. */
 #define SETTLE_MS 3000
 #define SETTLE_STEP_MS 10
 
@@ -48,7 +48,9 @@ static struct process *process_of(struct daemon *d) {
 static void process_detach(struct process *p) {
     cleanup_buf struct buf path = {0};
     buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
-    int log = path.failed ? -1 : open(path.data, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int log = path.failed
+                  ? -1
+                  : open(path.data, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     if (null >= 0) {
         dup2(null, STDIN_FILENO);
@@ -152,7 +154,8 @@ static int process_run(struct process *p) {
     } else {
         process_settle(p);
         fuse_channel_on_ready(p->channel, process_ready);
-        if (p->ending || fuse_channel_mount(p->channel, p->daemon.settings.mountpoint, process_unmounted) < 0)
+        if (p->ending ||
+            fuse_channel_mount(p->channel, p->daemon.settings.mountpoint, process_unmounted) < 0)
             fprintf(stderr, "vmsfs: nothing is mounted on %s\n", p->daemon.settings.mountpoint);
         else
             status = EXIT_SUCCESS;
@@ -185,8 +188,8 @@ static int wait_for_mount(int report, pid_t pid, const char *mountpoint) {
     if (strncmp(mountpoint, "/dev/fd/", 8) == 0)
         return EXIT_SUCCESS;
     if (statfs(mountpoint, &fs) < 0 || fs.f_type != FUSE_SUPER_MAGIC) {
-        fprintf(stderr, "vmsfs: the mount on %s does not answer (process %d): %s\n", mountpoint, pid,
-                strerror(errno));
+        fprintf(stderr, "vmsfs: the mount on %s does not answer (process %d): %s\n", mountpoint,
+                pid, strerror(errno));
         return EXIT_FAILURE;
     }
     return EXIT_SUCCESS;
@@ -227,7 +230,8 @@ static bool process_prepare(struct process *p, struct options *options) {
     p->daemon.backend_note = why;
     why = NULL;
     struct node *root = node_root_new(&p->daemon);
-    p->channel = root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
+    p->channel =
+        root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
     if (!p->channel && root)
         node_unref(root);
     return p->channel != NULL;

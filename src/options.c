@@ -30,8 +30,10 @@ struct raw_options {
     bool failed;
 };
 
-#define TEXT(name) {#name "=%s", offsetof(struct raw_options, name), 0}
-#define FLAG(option, name) {option, offsetof(struct raw_options, name), 1}
+#define TEXT(name)                                                                                 \
+    { #name "=%s", offsetof(struct raw_options, name), 0 }
+#define FLAG(option, name)                                                                         \
+    { option, offsetof(struct raw_options, name), 1 }
 static const struct fuse_opt option_table[] = {
     TEXT(state),
     TEXT(images),
@@ -75,8 +77,7 @@ void options_print_help(void) {
            "    -o boot_timeout=S    longest time from mkdir to running (%d)\n"
            "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
            "    -o scratch_timeout=S how long temporary files in env/ live unused (%d)\n"
-           "    -o env_file=PATH     the variables' file in the guest (" GUEST_ENV_FILE
-           ")\n"
+           "    -o env_file=PATH     the variables' file in the guest (" GUEST_ENV_FILE ")\n"
            "    -o ephemeral         destroy all VMs at unmount\n"
            "\n"
            "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console.\n"
@@ -98,8 +99,8 @@ static int option_other(void *data, const char *arg, int key, struct fuse_args *
         return 1;
     }
     if (raw->count == 2) {
-        fprintf(stderr, "vmsfs: one argument too many: %s\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n",
-                arg);
+        fprintf(stderr,
+                "vmsfs: one argument too many: %s\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n", arg);
         raw->failed = true;
         return -1;
     }
@@ -138,15 +139,15 @@ static char *absolute_path(const char *path) {
 static char *default_state_dir(void) {
     const char *state = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
     char *path = NULL;
-    int n = getuid() == 0               ? asprintf(&path, "/var/lib/vmsfs")
+    int n = getuid() == 0              ? asprintf(&path, "/var/lib/vmsfs")
             : state && state[0] == '/' ? asprintf(&path, "%s/vmsfs", state)
             : home && home[0] == '/'   ? asprintf(&path, "%s/.local/state/vmsfs", home)
                                        : -1;
     return n < 0 ? NULL : path;
 }
 
-/* Sockets have short paths (sun_path has 108 bytes) and go with a reboot. Each state directory has a folder of its own: FNV-1a
- * of its path. */
+/* Sockets have short paths (sun_path has 108 bytes) and go with a reboot. Each state directory has
+ * a folder of its own: FNV-1a of its path. */
 static char *runtime_dir(const char *state_dir) {
     uint64_t hash = 0xcbf29ce484222325;
     for (const char *c = state_dir; *c; c++)
@@ -177,7 +178,8 @@ static char *text_or(const char *text, const char *variable, const char *fallbac
 static bool is_guest_path(const char *path) {
     for (const char *part = path; *part == '/'; part += strcspn(part, "/")) {
         size_t length = strcspn(++part, "/");
-        if (length == 0 || length > 255 || (part[0] == '.' && (length == 1 || (length == 2 && part[1] == '.'))))
+        if (length == 0 || length > 255 ||
+            (part[0] == '.' && (length == 1 || (length == 2 && part[1] == '.'))))
             return false;
     }
     for (const char *c = path; *c; c++)
@@ -224,9 +226,9 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
 }
 
 static void raw_free(struct raw_options *raw) {
-    char *all[] = {raw->state,  raw->images,       raw->backend, raw->image,        raw->vcpus,
-                   raw->memory, raw->boot_timeout, raw->timeout, raw->arguments[0], raw->arguments[1],
-                   raw->scratch_timeout, raw->env_file};
+    char *all[] = {raw->state,        raw->images,       raw->backend,         raw->image,
+                   raw->vcpus,        raw->memory,       raw->boot_timeout,    raw->timeout,
+                   raw->arguments[0], raw->arguments[1], raw->scratch_timeout, raw->env_file};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }
@@ -268,7 +270,8 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
 }
 
 void options_free_arguments(struct options *options) {
-    struct fuse_args args = {.argc = options->fuse_argc, .argv = options->fuse_argv, .allocated = 1};
+    struct fuse_args args = {
+        .argc = options->fuse_argc, .argv = options->fuse_argv, .allocated = 1};
     fuse_opt_free_args(&args);
 }
 
@@ -277,7 +280,8 @@ static bool check_mountpoint(const char *path) {
     struct statfs fs;
     if (strncmp(path, "/dev/fd/", 8) == 0)
         return true;
-    /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its daemon lives. */
+    /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its
+     * daemon lives. */
     if (stat(path, &st) == 0 && statfs(path, &fs) == 0) {
         if (S_ISDIR(st.st_mode))
             return true;
@@ -291,7 +295,8 @@ static bool check_mountpoint(const char *path) {
     else if (errno == ENOENT)
         fprintf(stderr, "vmsfs: there is no %s: make it with mkdir\n", path);
     else
-        fprintf(stderr, "vmsfs: %s is not a directory that can be used: %s\n", path, strerror(errno));
+        fprintf(stderr, "vmsfs: %s is not a directory that can be used: %s\n", path,
+                strerror(errno));
     return false;
 }
 
@@ -301,7 +306,8 @@ bool options_check(const struct options *options) {
     if (!check_mountpoint(options->settings.mountpoint))
         return false;
     if (access("/dev/fuse", F_OK) < 0) {
-        fprintf(stderr, "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
+        fprintf(stderr,
+                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
         return false;
     }
     if (image_open(&options->settings, options->settings.image, &image, &why) < 0) {

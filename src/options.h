@@ -16,8 +16,8 @@ struct options {
 /* Reads the command line and the environment. False: it is wrong, and stderr says what and why. */
 bool options_parse(int argc, char **argv, struct options *ret_options);
 
-/* Looks whether what the options name is there: image, mount point, /dev/fuse. False: stderr says what is missing and the
- * remedy. */
+/* Looks whether what the options name is there: image, mount point, /dev/fuse. False: stderr says
+ * what is missing and the remedy. */
 bool options_check(const struct options *options);
 
 void options_print_help(void);

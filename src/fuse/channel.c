@@ -13,8 +13,9 @@
 
 /* The session: /dev/fuse as one more descriptor of the loop.
  *
- * libfuse's own loops put a thread to sleep in each request that waits. Here the descriptor is non-blocking, a request is
- * taken in, and whatever has to wait is an object (request.c), so any number of them wait at no cost. */
+ * libfuse's own loops put a thread to sleep in each request that waits. Here the descriptor is
+ * non-blocking, a request is taken in, and whatever has to wait is an object (request.c), so any
+ * number of them wait at no cost. */
 
 /* So that a flood of requests leaves room for the rest of the loop. */
 #define CHANNEL_BATCH 64
@@ -72,7 +73,7 @@ struct fuse_channel *fuse_channel_new(struct daemon *d, int argc, char **argv, s
 }
 
 int fuse_channel_mount(struct fuse_channel *channel, const char *mountpoint,
-                  void (*ended)(struct daemon *d)) {
+                       void (*ended)(struct daemon *d)) {
     uv_loop_t *loop = channel->daemon->loop;
     channel->ended = ended;
     if (fuse_session_mount(channel->session, mountpoint) != 0)

@@ -38,7 +38,7 @@ struct fuse_request {
     struct fuse_channel *channel;
     fuse_req_t req;
     enum fuse_request_kind kind;
-    struct node *node;           /* of REQUEST_ATTR; a reference */
+    struct node *node;          /* of REQUEST_ATTR; a reference */
     struct fuse_file_info file; /* of open and create */
 
     struct list link; /* in channel->parked while it waits */
@@ -48,7 +48,8 @@ struct fuse_request {
     bool interrupt_marked; /* by the callback, under libfuse's lock */
 };
 
-/* A new request for an operation that is passed to the tree. NULL: no memory, and it has been answered. */
+/* A new request for an operation that is passed to the tree. NULL: no memory, and it has been
+ * answered. */
 struct fuse_request *fuse_request_new(struct fuse_channel *channel, fuse_req_t req);
 
 /* Gives up every parked request. */

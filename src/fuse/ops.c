@@ -9,7 +9,8 @@
 #include "util/errors.h"
 #include "vm/daemon.h"
 
-/* The kernel's operations, turned into those of nodes. What a node's table leaves out is answered here. */
+/* The kernel's operations, turned into those of nodes. What a node's table leaves out is answered
+ * here. */
 
 static struct fuse_channel *ops_channel(fuse_req_t req) {
     return fuse_req_userdata(req);
@@ -31,8 +32,8 @@ static void ops_init(void *userdata, struct fuse_conn_info *conn) {
     struct fuse_channel *channel = userdata;
     /* Errors must come out of write(): no write-back cache. Truncation comes with OPEN, not as a
      * SETATTR before it. */
-    conn->want &= ~(unsigned)(FUSE_CAP_WRITEBACK_CACHE | FUSE_CAP_POSIX_ACL |
-                              FUSE_CAP_HANDLE_KILLPRIV);
+    conn->want &=
+        ~(unsigned)(FUSE_CAP_WRITEBACK_CACHE | FUSE_CAP_POSIX_ACL | FUSE_CAP_HANDLE_KILLPRIV);
     conn->want |= conn->capable & FUSE_CAP_ATOMIC_O_TRUNC;
     if (channel->ready)
         channel->ready(channel->daemon);
@@ -121,7 +122,8 @@ static void ops_setattr(fuse_req_t req, fuse_ino_t id, struct stat *attr, int to
         request_answer(&r->rq, -ERR_NOT_PERMITTED);
 }
 
-/* The common part of what is asked of a directory: the node, that its kind has such an operation, a request. */
+/* The common part of what is asked of a directory: the node, that its kind has such an operation, a
+ * request. */
 #define OPS_DIR_CALL(req, parent, member, status, ...)                                             \
     do {                                                                                           \
         struct node *dir = ops_node(req, parent);                                                  \
@@ -307,7 +309,8 @@ static void ops_opendir(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *fi
         ops_dir_free(dir);
 }
 
-/* One name of a listing, with its attributes when `plus`. Returns the bytes it takes, or more than there is room for. */
+/* One name of a listing, with its attributes when `plus`. Returns the bytes it takes, or more than
+ * there is room for. */
 static size_t ops_dir_add(fuse_req_t req, struct ops_dir *dir, size_t at, bool plus, char *out,
                           size_t room) {
     struct fuse_channel *channel = ops_channel(req);

@@ -9,7 +9,8 @@
 #include "util/log.h"
 #include "vm/daemon.h"
 
-/* Requests: answered exactly once, at once or after a wait that has a deadline and can be interrupted. */
+/* Requests: answered exactly once, at once or after a wait that has a deadline and can be
+ * interrupted. */
 
 static void fuse_request_free(struct fuse_request *r) {
     if (r->cancel || !list_is_empty(&r->link)) {
@@ -110,7 +111,8 @@ static void fuse_request_deadline(uv_timer_t *timer) {
     fuse_request_cancel(timer->data, -ERR_TIMED_OUT);
 }
 
-/* Called by libfuse with its lock held, from inside the processing of FUSE_INTERRUPT: may only mark and wake. */
+/* Called by libfuse with its lock held, from inside the processing of FUSE_INTERRUPT: may only mark
+ * and wake. */
 static void fuse_request_interrupted(fuse_req_t req, void *data) {
     struct fuse_request *r = data;
     (void)req;
@@ -166,9 +168,9 @@ struct fuse_request *fuse_request_new(struct fuse_channel *channel, fuse_req_t r
     return r;
 }
 
-/* Signals that say nothing against waiting on: the kernel sends FUSE_INTERRUPT for any pending signal, once a request,
- * also when a shell's background job ends (SIGCHLD), a window changes its size, or a Go runtime
- * preempts a thread (SIGURG). */
+/* Signals that say nothing against waiting on: the kernel sends FUSE_INTERRUPT for any pending
+ * signal, once a request, also when a shell's background job ends (SIGCHLD), a window changes its
+ * size, or a Go runtime preempts a thread (SIGURG). */
 #define SIGNAL_BIT(n) (UINT64_C(1) << ((n)-1))
 #define HARMLESS_SIGNALS                                                                           \
     (SIGNAL_BIT(SIGCHLD) | SIGNAL_BIT(SIGWINCH) | SIGNAL_BIT(SIGURG) | SIGNAL_BIT(SIGCONT))
@@ -196,8 +198,8 @@ static bool asker_is_called_away(pid_t tid) {
 
 #define DOUBTS_MS 100
 
-/* Looks at all that are marked, giving up those whose asker has to go. The rest is looked at again soon: the kernel tells of
- * one signal only, and of no later one. */
+/* Looks at all that are marked, giving up those whose asker has to go. The rest is looked at again
+ * soon: the kernel tells of one signal only, and of no later one. */
 static void fuse_requests_look(struct fuse_channel *channel) {
     bool doubts = false;
     struct list marked, *link;

@@ -5,9 +5,9 @@
 
 #include "util/buf.h"
 
-/* What is particular to a guest's operating system: the texts that are sent to its shells and the meaning
- * of what they answer. Pure functions: no I/O, no state. A nonce is 32 hex digits, new for each
- * request or command, so that nothing that is printed by chance can be taken for an end. */
+/* What is particular to a guest's operating system: the texts that are sent to its shells and the
+ * meaning of what they answer. Pure functions: no I/O, no state. A nonce is 32 hex digits, new for
+ * each request or command, so that nothing that is printed by chance can be taken for an end. */
 
 #define GUEST_ENV_FILE "/etc/profile.d/vmsfs_env.sh"
 
@@ -29,8 +29,8 @@ struct guest_ops {
     void (*control_shell)(struct buf *out);
     void (*control_request)(struct buf *out, const char *nonce, const char *script, size_t length);
 
-    /* Names that are no variables there: shells refuse to set them, and some end when they are asked to, with
-     * all that comes behind in the file. */
+    /* Names that are no variables there: shells refuse to set them, and some end when they are
+     * asked to, with all that comes behind in the file. */
     bool (*name_is_reserved)(const char *name);
 
     /* The first request, and what its answer says. */
@@ -40,18 +40,22 @@ struct guest_ops {
     /* Scripts for requests. They watch the env file, so that what others change in it is not
      * overwritten unseen.
      *
-     * Prints the file and remembers it as seen: exit status 0, or GUEST_ABSENT when there is none. */
+     * Prints the file and remembers it as seen: exit status 0, or GUEST_ABSENT when there is none.
+     */
     void (*env_read)(struct buf *out, const char *path);
-    /* Replaces the file by these bytes, atomically. GUEST_CHANGED when it is not the one that was seen (`absent`: none was);
-     * then nothing has been done. Any other status but 0: it prints why not, and the old file is there. */
+    /* Replaces the file by these bytes, atomically. GUEST_CHANGED when it is not the one that was
+     * seen (`absent`: none was); then nothing has been done. Any other status but 0: it prints why
+     * not, and the old file is there. */
     void (*env_replace)(struct buf *out, const char *path, const char *bytes, size_t length,
                         bool absent);
-    /* Sends TERM, or with `hard` KILL, to the process group of the command whose first process is `pid`. */
+    /* Sends TERM, or with `hard` KILL, to the process group of the command whose first process is
+     * `pid`. */
     void (*command_signal)(struct buf *out, long pid, bool hard);
 
-    /* The shell that is started in advance for one command: it prints its process id and a newline on
-     * stderr, and waits for command_start() on its input. When the command ends it prints the marker
-     * (guest_marker_find) on stdout and on stderr. Variables are those of the moment of command_start(). `new_group`: it is to make a process group of its own. */
+    /* The shell that is started in advance for one command: it prints its process id and a newline
+     * on stderr, and waits for command_start() on its input. When the command ends it prints the
+     * marker (guest_marker_find) on stdout and on stderr. Variables are those of the moment of
+     * command_start(). `new_group`: it is to make a process group of its own. */
     void (*command_shell)(struct buf *out, const struct guest_facts *facts, const char *env_path,
                           bool new_group);
     void (*command_start)(struct buf *out, const char *nonce, bool login, const char *command,
@@ -60,8 +64,9 @@ struct guest_ops {
 
 extern const struct guest_ops guest_linux;
 
-/* Looks for the end marker of `nonce`: RS nonce SP status LF. Returns 1 when found: *ret_before is the number of
- * bytes in front of it, *ret_after that of the bytes up to its end, *ret_status what it says. Returns 0 when it is not there:
- * then the first *ret_before bytes are certainly not part of it. */
+/* Looks for the end marker of `nonce`: RS nonce SP status LF. Returns 1 when found: *ret_before is
+ * the number of bytes in front of it, *ret_after that of the bytes up to its end, *ret_status what
+ * it says. Returns 0 when it is not there: then the first *ret_before bytes are certainly not part
+ * of it. */
 int guest_marker_find(const char *data, size_t length, const char *nonce, size_t *ret_before,
                       size_t *ret_after, int *ret_status);

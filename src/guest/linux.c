@@ -28,7 +28,8 @@ static void linux_control_request(struct buf *out, const char *nonce, const char
     buf_printf(out, "\n} 2>&1 </dev/null; printf '\\036%s %%d\\n' \"$?\"\n", nonce);
 }
 
-/* Read-only in bash, which ends as `sh` when a file that it sources sets them; OPTIND does that to dash. */
+/* Read-only in bash, which ends as `sh` when a file that it sources sets them; OPTIND does that to
+ * dash. */
 static bool linux_name_is_reserved(const char *name) {
     static const char *const names[] = {"UID",      "EUID",          "PPID",  "SHELLOPTS",
                                         "BASHOPTS", "BASH_VERSINFO", "OPTIND"};
@@ -38,12 +39,13 @@ static bool linux_name_is_reserved(const char *name) {
     return false;
 }
 
-/* The file that was seen last is held open as descriptor 7, so that its inode number is not given to another: a
- * file that has come by rename is told from it by -ef. One that was changed in place is newer than $VMSFS_SEEN, a file
- * made when it was seen. busybox compares whole seconds; so a reading first sets the times of both to one long past, and any
- * change after that is newer. (Our own update cannot do so without another fork; that is why a reading follows it
- * when there is time.) Only built-ins otherwise, which cost no fork; `command` and `true`,
- * because a special built-in whose redirection fails ends the shell (POSIX, 2.8.1). */
+/* The file that was seen last is held open as descriptor 7, so that its inode number is not given
+ * to another: a file that has come by rename is told from it by -ef. One that was changed in place
+ * is newer than $VMSFS_SEEN, a file made when it was seen. busybox compares whole seconds; so a
+ * reading first sets the times of both to one long past, and any change after that is newer. (Our
+ * own update cannot do so without another fork; that is why a reading follows it when there is
+ * time.) Only built-ins otherwise, which cost no fork; `command` and `true`, because a special
+ * built-in whose redirection fails ends the shell (POSIX, 2.8.1). */
 static void linux_env_read(struct buf *out, const char *path) {
     cleanup_buf struct buf target = {0};
     linux_quoted(&target, path);
@@ -81,7 +83,8 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
 
 /* Field 5 of /proc/PID/stat is the process group (proc(5)). */
 static void linux_control_hello(struct buf *out) {
-    buf_append_str(out, "read -r a b c d g e </proc/$$/stat; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
+    buf_append_str(
+        out, "read -r a b c d g e </proc/$$/stat; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
 }
 
 static void linux_control_facts(const char *output, size_t length, struct guest_facts *ret_facts) {
@@ -109,13 +112,14 @@ static void linux_control_facts(const char *output, size_t length, struct guest_
 
 static void linux_command_signal(struct buf *out, long pid, bool hard) {
     /* The process is gone when the command has ended meanwhile: no error. */
-    buf_printf(out, "{ read -r a b c d g e </proc/%ld/stat && kill -%s -\"$g\"; } 2>/dev/null || :", pid,
+    buf_printf(out,
+               "{ read -r a b c d g e </proc/%ld/stat && kill -%s -\"$g\"; } 2>/dev/null || :", pid,
                hard ? "KILL" : "TERM");
 }
 
-/* The shell that was started in advance. `eval` runs the command in this very shell, so that starting it costs no
- * exec. The marker is printed by a trap, so that it comes after `exit` too; a command that
- * replaces the shell (`exec`) has none, and its end is that of the channel. */
+/* The shell that was started in advance. `eval` runs the command in this very shell, so that
+ * starting it costs no exec. The marker is printed by a trap, so that it comes after `exit` too; a
+ * command that replaces the shell (`exec`) has none, and its end is that of the channel. */
 static const char linux_shell_script[] =
     "_vmsfs_nl='\n'\n"
     "_vmsfs_env() { [ ! -r \"$_vmsfs_file\" ] || . \"$_vmsfs_file\"; }\n"
@@ -125,8 +129,8 @@ static const char linux_shell_script[] =
     "echo $$ >&2\n"
     "IFS= read -r _vmsfs_line && eval \"$_vmsfs_line\"\n";
 
-static void linux_command_shell(struct buf *out, const struct guest_facts *facts, const char *env_path,
-                                bool new_group) {
+static void linux_command_shell(struct buf *out, const struct guest_facts *facts,
+                                const char *env_path, bool new_group) {
     cleanup_buf struct buf script = {0};
     buf_append_str(&script, "_vmsfs_file=");
     linux_quoted(&script, env_path);
@@ -144,8 +148,8 @@ static void linux_command_shell(struct buf *out, const struct guest_facts *facts
     out->failed |= script.failed;
 }
 
-/* `read` takes one line, a byte a system call: a command is put into one line, and a long one follows the line and is
- * taken in by one `head`. */
+/* `read` takes one line, a byte a system call: a command is put into one line, and a long one
+ * follows the line and is taken in by one `head`. */
 #define LINUX_COMMAND_INLINE 2048
 
 static void linux_command_start(struct buf *out, const char *nonce, bool login, const char *command,

@@ -22,8 +22,8 @@ int guest_marker_find(const char *data, size_t length, const char *nonce, size_t
             i++, matched++;
         if (i < length && matched == nonce_length && data[i] == ' ') {
             int status = 0, digits = 0;
-            for (i++; i < length && data[i] >= '0' && data[i] <= '9' &&
-                      digits < MARKER_STATUS_DIGITS;
+            for (i++;
+                 i < length && data[i] >= '0' && data[i] <= '9' && digits < MARKER_STATUS_DIGITS;
                  i++, digits++)
                 status = status * 10 + (data[i] - '0');
             if (i < length && digits > 0 && data[i] == '\n') {

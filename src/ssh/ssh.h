@@ -9,9 +9,9 @@
 /* SSH connections (RFC 4251-4254) in the loop, many channels on each. Only this folder includes
  * <libssh2.h>.
  *
- * A session is one connection to one server. Its owner opens it, is told when it is up and when it is
- * down, and closes it. A channel is one remote command on a session (RFC 4254, section 6.5). A pool is
- * the set of connections to one server that share out commands.
+ * A session is one connection to one server. Its owner opens it, is told when it is up and when it
+ * is down, and closes it. A channel is one remote command on a session (RFC 4254, section 6.5). A
+ * pool is the set of connections to one server that share out commands.
  *
  * Rules for all of them: one thread, nothing blocks; no callback is called from inside the function
  * that caused it; closing is allowed at any time, from inside a callback too, and no callback comes
@@ -56,10 +56,10 @@ void ssh_session_close(struct ssh_session *session);
 struct ssh_channel;
 
 enum ssh_end {
-    SSH_EXITED,  /* the command's exit status is `status` */
-    SSH_SIGNALED,/* it was ended by `signal` ("TERM") */
-    SSH_REFUSED, /* the server did not give a channel, or did not run the command */
-    SSH_LOST,    /* the connection or channel ended before an exit status came */
+    SSH_EXITED,   /* the command's exit status is `status` */
+    SSH_SIGNALED, /* it was ended by `signal` ("TERM") */
+    SSH_REFUSED,  /* the server did not give a channel, or did not run the command */
+    SSH_LOST,     /* the connection or channel ended before an exit status came */
 };
 
 struct ssh_exit {
@@ -79,9 +79,10 @@ struct ssh_channel_events {
     /* The bytes given to ssh_channel_write() and not yet taken by the server have fallen below
      * SSH_LOW_WATER after ssh_channel_write() had returned SSH_HIGH_WATER or more. May be NULL. */
     void (*drained)(void *arg);
-    /* The command's exit status (or signal) has arrived. The end of the command: a process it left in
-     * the background may hold its output open for ever, so that closed() may never come on its own.
-     * May be NULL. All output that the server sent before the exit status has been given to data(). */
+    /* The command's exit status (or signal) has arrived. The end of the command: a process it left
+     * in the background may hold its output open for ever, so that closed() may never come on its
+     * own. May be NULL. All output that the server sent before the exit status has been given to
+     * data(). */
     void (*exited)(void *arg, const struct ssh_exit *exit);
     /* The channel is over; the last callback, exactly once. The owner still calls
      * ssh_channel_close(). */
@@ -91,43 +92,44 @@ struct ssh_channel_events {
 #define SSH_HIGH_WATER (256 * 1024)
 #define SSH_LOW_WATER (64 * 1024)
 
-/* A command travels in one packet (RFC 4253, 6.1: 32,768 bytes), and dropbear drops the connection above
- * 9,000 bytes; what is longer must come as input. */
+/* A command travels in one packet (RFC 4253, 6.1: 32,768 bytes), and dropbear drops the connection
+ * above 9,000 bytes; what is longer must come as input. */
 #define SSH_COMMAND_MAX 8192
 
 /* Runs `command` in a channel of its own. Channel opens on one session queue up behind each other.
- * -ERR_COMMAND_TOO_LARGE above SSH_COMMAND_MAX, -ERR_UNREACHABLE after down(). On an old dropbear the
- * end of one command can cost the connection while another is being started (see pool.c): a session
- * that is not a pool's should have one command at a time. */
+ * -ERR_COMMAND_TOO_LARGE above SSH_COMMAND_MAX, -ERR_UNREACHABLE after down(). On an old dropbear
+ * the end of one command can cost the connection while another is being started (see pool.c): a
+ * session that is not a pool's should have one command at a time. */
 int ssh_channel_exec(struct ssh_session *session, const char *command,
                      const struct ssh_channel_events *events, void *arg,
                      struct ssh_channel **ret_channel);
 
-/* Takes all the bytes (copying what cannot be sent now) and returns how many wait to be sent. Callers
- * hold back above SSH_HIGH_WATER. Also before opened(): then they follow the command. Negative: -errno. */
+/* Takes all the bytes (copying what cannot be sent now) and returns how many wait to be sent.
+ * Callers hold back above SSH_HIGH_WATER. Also before opened(): then they follow the command.
+ * Negative: -errno. */
 ssize_t ssh_channel_write(struct ssh_channel *channel, const void *data, size_t length);
 
 /* No more input: sent after all that was written. */
 void ssh_channel_eof(struct ssh_channel *channel);
 
-/* While paused, data() is not called and, when the channel's window is full, the command blocks. Other
- * channels of the session go on. */
+/* While paused, data() is not called and, when the channel's window is full, the command blocks.
+ * Other channels of the session go on. */
 void ssh_channel_pause(struct ssh_channel *channel, bool paused);
 
 /* Frees the channel; sends CHANNEL_CLOSE if the server has not, without waiting for the answer. */
 void ssh_channel_close(struct ssh_channel *channel);
 
-/* Commands on as many connections as the server's limits ask for (OpenSSH: MaxSessions, 10 channels a
- * connection). Connections are made on demand, reused, and closed after `idle` ms without a channel
- * (0: never). */
+/* Commands on as many connections as the server's limits ask for (OpenSSH: MaxSessions, 10 channels
+ * a connection). Connections are made on demand, reused, and closed after `idle` ms without a
+ * channel (0: never). */
 struct ssh_pool;
 
 int ssh_pool_new(uv_loop_t *loop, const struct ssh_target *target, unsigned idle,
                  struct ssh_pool **ret_pool);
 
-/* Like ssh_channel_exec(), on a connection of the pool. A channel that the server refuses for its limit
- * is tried again on another connection, unseen by the caller; one whose connection cannot be made (or is
- * found dead before the command was sent) closes as SSH_REFUSED with the reason. */
+/* Like ssh_channel_exec(), on a connection of the pool. A channel that the server refuses for its
+ * limit is tried again on another connection, unseen by the caller; one whose connection cannot be
+ * made (or is found dead before the command was sent) closes as SSH_REFUSED with the reason. */
 int ssh_pool_exec(struct ssh_pool *pool, const char *command,
                   const struct ssh_channel_events *events, void *arg,
                   struct ssh_channel **ret_channel);

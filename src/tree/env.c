@@ -26,7 +26,8 @@ static int env_lookup(struct node *dir, const char *name, struct node **ret_node
     struct scratch *scratch = scratch_find(dir->vm->env_scratch, name);
     if (!scratch && !vars_find(dir->vm->vars, name))
         return -ERR_NOT_FOUND;
-    struct node *node = scratch ? scratch_node(dir, scratch) : node_child(dir, name, &env_key_ops, NULL, dir->vm);
+    struct node *node =
+        scratch ? scratch_node(dir, scratch) : node_child(dir, name, &env_key_ops, NULL, dir->vm);
     if (!node)
         return -ERR_NO_MEMORY;
     *ret_node = node;
@@ -47,10 +48,11 @@ static int env_list(struct node *dir, struct node_list *list) {
 }
 
 static int env_refuse_name(struct vm *vm, const char *name) {
-    return vm_fail(vm, -ERR_INVALID,
-                   "env/%s: no name for a variable: it takes letters, digits and _, and starts with "
-                   "no digit",
-                   name);
+    return vm_fail(
+        vm, -ERR_INVALID,
+        "env/%s: no name for a variable: it takes letters, digits and _, and starts with "
+        "no digit",
+        name);
 }
 
 static void env_create(struct node *dir, const char *name, int flags, mode_t mode,

@@ -7,9 +7,9 @@
 #include "tree/tree.h"
 #include "util/errors.h"
 
-/* ID/env/KEY. Errors have to come out of write(), because shells drop those of close(); tools that write in
- * pieces have to be atomic all the same. So the first WRITE commits at once, later ones gather until FLUSH, and
- * a truncation by itself waits for what follows it. */
+/* ID/env/KEY. Errors have to come out of write(), because shells drop those of close(); tools that
+ * write in pieces have to be atomic all the same. So the first WRITE commits at once, later ones
+ * gather until FLUSH, and a truncation by itself waits for what follows it. */
 
 static struct var *env_key_var(const struct node *node) {
     return vars_find(node->vm->vars, node->name);
@@ -138,7 +138,8 @@ void env_commit(struct node *node, struct env_handle *h, const struct var_change
 
 static void env_handle_commit(struct env_handle *h, ssize_t written, struct request *rq) {
     struct node *node = h->handle.node;
-    struct var_change set = {.name = node->name, .bytes = h->content.data ? h->content.data : "",
+    struct var_change set = {.name = node->name,
+                             .bytes = h->content.data ? h->content.data : "",
                              .length = h->content.len};
     h->wrote = true;
     h->dirty = false;
@@ -183,7 +184,8 @@ static void env_open_cancel(struct request *rq, int status, void *arg) {
 
 static void env_key_open(struct node *node, int flags, struct request *rq) {
     if (node->vm->gone || !env_key_var(node)) {
-        /* The kernel may keep the name for a moment after it has gone; told this, it looks again. */
+        /* The kernel may keep the name for a moment after it has gone; told this, it looks again.
+         */
         request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_STALE);
         return;
     }
@@ -215,8 +217,8 @@ static void env_key_read(struct handle *handle, size_t length, off_t offset, str
     buf_answer_read(&h->content, length, offset, rq);
 }
 
-/* Sets the length of the content; new bytes are NUL, which no variable can hold: they have to be overwritten before
- * the commit. */
+/* Sets the length of the content; new bytes are NUL, which no variable can hold: they have to be
+ * overwritten before the commit. */
 static int env_handle_resize(struct env_handle *h, off_t size) {
     if (size < 0 || size > VAR_LIMIT + 1)
         return -ERR_TOO_LARGE;
@@ -244,8 +246,7 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
         offset = (off_t)h->content.len;
     }
     int r = 0;
-    if (offset > VAR_LIMIT + 1 || length > VAR_LIMIT + 1 ||
-        (size_t)offset + length > VAR_LIMIT + 1)
+    if (offset > VAR_LIMIT + 1 || length > VAR_LIMIT + 1 || (size_t)offset + length > VAR_LIMIT + 1)
         r = -ERR_TOO_LARGE;
     else if ((size_t)offset + length > h->content.len)
         r = env_handle_resize(h, offset + (off_t)length);
@@ -295,8 +296,9 @@ static void env_handle_free(struct env_handle *h) {
     free(h);
 }
 
-/* A handle that is closed with something to commit. Nobody is there to be told the verdict: a failure is in `error` and in
- * the log. Until then the name is there, and reads as the handle left it. */
+/* A handle that is closed with something to commit. Nobody is there to be told the verdict: a
+ * failure is in `error` and in the log. Until then the name is there, and reads as the handle left
+ * it. */
 struct env_parting {
     struct vm_wait wait;
     struct env_handle *h;
@@ -353,10 +355,10 @@ static void env_key_set_size(struct node *node, struct env_handle *h, off_t size
     /* truncate(2): nobody writes after it on a handle, so it is a change by itself. */
     const struct var *var = env_key_var(node);
     if (!var || (size_t)size > var->length) {
-        request_answer(rq, !var ? -ERR_NOT_FOUND
-                                : vm_fail(node->vm, size > VAR_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID,
-                                          "env/%s: a value cannot be filled up with NUL bytes",
-                                          node->name));
+        request_answer(
+            rq, !var ? -ERR_NOT_FOUND
+                     : vm_fail(node->vm, size > VAR_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID,
+                               "env/%s: a value cannot be filled up with NUL bytes", node->name));
         return;
     }
     struct var_change set = {.name = node->name, .bytes = var->bytes, .length = (size_t)size};
@@ -381,9 +383,9 @@ static void env_key_setattr(struct node *node, struct handle *handle, const stru
     if (mask & NODE_SET_MTIME)
         var->changed = want->st_mtim;
     if (mask & NODE_SET_SIZE)
-        env_key_set_size(
-            node, handle && handle->ops == &env_key_ops ? (struct env_handle *)handle : NULL,
-            want->st_size, rq);
+        env_key_set_size(node,
+                         handle && handle->ops == &env_key_ops ? (struct env_handle *)handle : NULL,
+                         want->st_size, rq);
     else
         request_answer_attr(rq, node);
 }

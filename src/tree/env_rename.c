@@ -10,10 +10,12 @@
 #include "util/errors.h"
 #include "vm/vm.h"
 
-/* rename(2) in env/. What is renamed onto a KEY is set, and what is renamed away from one is unset: one commit, so that the
- * guest sees both or nothing. Scratch onto scratch concerns nobody else (tree/scratch.c).
+/* rename(2) in env/. What is renamed onto a KEY is set, and what is renamed away from one is unset:
+ * one commit, so that the guest sees both or nothing. Scratch onto scratch concerns nobody else
+ * (tree/scratch.c).
  *
- * The kernel moves its name when the answer is success; the nodes and the table have to say the same then. */
+ * The kernel moves its name when the answer is success; the nodes and the table have to say the
+ * same then. */
 
 /* One side of a rename: a variable, scratch, or a name that is free. */
 struct env_side {
@@ -78,7 +80,8 @@ static int env_side_take(struct vm *vm, const char *name, struct env_side *side)
 }
 
 /* The name of `to` now has what `from` was. */
-static void env_side_settle(struct node *dir, const struct env_side *from, const struct env_side *to) {
+static void env_side_settle(struct node *dir, const struct env_side *from,
+                            const struct env_side *to) {
     struct vm *vm = dir->vm;
     struct node *node = node_find_child(dir, to->name);
     if (to->is_key) {
@@ -186,8 +189,8 @@ static void env_rename_commit(struct env_rename *r) {
                                                .bytes = r->exchange ? to : NULL,
                                                .length = r->exchange ? r->to.content.len : 0};
     if (r->to.is_key)
-        changes[count++] = (struct var_change){
-            .name = r->to.name, .bytes = from, .length = r->from.content.len};
+        changes[count++] =
+            (struct var_change){.name = r->to.name, .bytes = from, .length = r->from.content.len};
     struct daemon *d = r->dir->daemon;
     request_wait(r->rq, d->settings.timeout + ENV_GRACE_MS, env_rename_cancel, r);
     int status = vars_commit(r->dir->vm->vars, changes, count, &r->wait);

@@ -12,18 +12,20 @@
 #include "vm/vars.h"
 #include "vm/vm.h"
 
-/* ID/environ: `>` replaces all variables in one update of the guest, `>>` merges. It is committed by the same rules as a
- * single variable (tree/env_key.c), and parsed at every WRITE, so that a bad line fails the write that brought it.
+/* ID/environ: `>` replaces all variables in one update of the guest, `>>` merges. It is committed
+ * by the same rules as a single variable (tree/env_key.c), and parsed at every WRITE, so that a bad
+ * line fails the write that brought it.
  *
- * A tool that writes in pieces cuts lines anywhere. Pieces are whole blocks, all but the last: what ends at a multiple of 4 KiB
- * and in the middle of a line waits for the rest, until FLUSH. */
+ * A tool that writes in pieces cuts lines anywhere. Pieces are whole blocks, all but the last: what
+ * ends at a multiple of 4 KiB and in the middle of a line waits for the rest, until FLUSH. */
 
 #define ENVIRON_BLOCK 4096
-#define ENVIRON_LIMIT (8 << 20) /* bytes of text: quoting and comments come on top of VARS_LIMIT */
+#define ENVIRON_LIMIT (8 << 20) /* bytes of text: quoting and comments come on top of VARS_LIMIT   \
+                                 */
 
 struct environ_handle {
     struct handle handle;
-    struct buf content; /* the file; of `>>` what has been appended */
+    struct buf content;  /* the file; of `>>` what has been appended */
     struct buf snapshot; /* what is read */
     bool truncating, wrote, dirty;
 };
@@ -108,9 +110,9 @@ static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
 struct environ_wait {
     struct vm_wait wait;
     struct request *rq;
-    struct node *node; /* a reference; held */
+    struct node *node;        /* a reference; held */
     struct environ_handle *h; /* of a line that FLUSH is to follow; else NULL */
-    ssize_t written;   /* -1: plain success */
+    ssize_t written;          /* -1: plain success */
     /* Of a rename. */
     struct scratch *scratch; /* a reference */
     const struct node_row *row;
@@ -162,8 +164,8 @@ static void environ_wait_cancel(struct request *rq, int status, void *arg) {
 
 /* Takes over the reference on `scratch` (NULL: no rename). */
 static void environ_commit(struct node *node, struct environ_handle *h,
-                           const struct environ_changes *all, bool merge,
-                           ssize_t written, struct scratch *scratch, const struct node_row *row,
+                           const struct environ_changes *all, bool merge, ssize_t written,
+                           struct scratch *scratch, const struct node_row *row,
                            struct request *rq) {
     struct environ_wait *w = calloc(1, sizeof *w);
     if (!w) {
@@ -320,9 +322,9 @@ static bool environ_is_one_line(const char *data, size_t length) {
     return length > 0 && memchr(data, '\n', length) == data + length - 1;
 }
 
-/* A shell's echo or printf writes line by line. Were all other variables gone with the first of many lines, the guest would
- * miss them for a moment, and for good when a later line is bad. So a first WRITE of a single line is merged, for its
- * verdict, and FLUSH replaces the rest. */
+/* A shell's echo or printf writes line by line. Were all other variables gone with the first of
+ * many lines, the guest would miss them for a moment, and for good when a later line is bad. So a
+ * first WRITE of a single line is merged, for its verdict, and FLUSH replaces the rest. */
 static void environ_commit_line(struct environ_handle *h, ssize_t written, struct request *rq) {
     struct environ_changes all = {0};
     bool cut;

@@ -7,8 +7,8 @@
 
 extern const struct node_ops environ_ops;
 
-/* What has been written to the scratch file replaces all variables (rename onto environ). On success the scratch is
- * gone and its node is environ's. */
+/* What has been written to the scratch file replaces all variables (rename onto environ). On
+ * success the scratch is gone and its node is environ's. */
 void environ_take_scratch(struct node *dir, struct scratch *scratch, const struct node_row *row,
                           struct request *rq);
 

@@ -13,8 +13,8 @@
  *   read-write   WRITE starts a command, READ streams its output and ends with it
  *   read-only    the output of the newest command
  *
- * The kernel moves the file position of whoever shares a descriptor, so offsets say nothing here: a handle reads on
- * from where it has read to. */
+ * The kernel moves the file position of whoever shares a descriptor, so offsets say nothing here: a
+ * handle reads on from where it has read to. */
 
 #define EXEC_READ_MAX (1024 * 1024)
 
@@ -108,8 +108,9 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
     struct command *command;
     (void)offset;
     if (h->own && h->command && h->command->end == COMMAND_RUNNING) {
-        request_answer(rq, vm_fail(handle->node->vm, -ERR_BUSY,
-                                   "exec: the command written before on this open file still runs"));
+        request_answer(rq,
+                       vm_fail(handle->node->vm, -ERR_BUSY,
+                               "exec: the command written before on this open file still runs"));
         return;
     }
     int r = command_run(handle->node->vm, data, length, &command);

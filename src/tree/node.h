@@ -10,9 +10,9 @@
 
 /* The tree: nodes and what can be done to them.
  *
- * A node is one file or directory as the kernel knows it. Each kind of node is a file in this folder that
- * ends in one table of node_ops. A directory whose names never change is a table of rows (struct
- * node_row): lookup, list and stat are driven by it alike.
+ * A node is one file or directory as the kernel knows it. Each kind of node is a file in this
+ * folder that ends in one table of node_ops. A directory whose names never change is a table of
+ * rows (struct node_row): lookup, list and stat are driven by it alike.
  *
  * A node is counted: by the kernel's lookups (together one), by each open handle, by each child. */
 
@@ -21,28 +21,29 @@ struct daemon;
 
 /* What getattr answers; filled from memory, never waiting. */
 struct node_stat {
-    struct stat st;      /* st_ino, st_mode, st_size, times, owner; the rest is filled in */
-    double entry_seconds; /* how long the kernel may keep the name */
-    double attr_seconds;  /* how long it may keep the rest */
+    struct stat st;        /* st_ino, st_mode, st_size, times, owner; the rest is filled in */
+    double entry_seconds;  /* how long the kernel may keep the name */
+    double attr_seconds;   /* how long it may keep the rest */
     double listed_seconds; /* the same for both when it learns them from a listing; 0: as above */
 };
 
 /* One open of a node. Kinds that keep more than this embed it as their first member. */
 struct handle {
     struct node *node; /* a reference */
-    const struct node_ops *ops; /* of the node when it was opened: a rename may make it another kind */
-    int flags;         /* of open(2) */
-    struct list open;  /* the transport's own: all that are open */
+    const struct node_ops
+        *ops;         /* of the node when it was opened: a rename may make it another kind */
+    int flags;        /* of open(2) */
+    struct list open; /* the transport's own: all that are open */
 };
 
-/* A directory listing, taken as a whole when the directory is opened, so that offsets stay right while
- * names come and go. */
+/* A directory listing, taken as a whole when the directory is opened, so that offsets stay right
+ * while names come and go. */
 struct node_list {
     struct node_name {
         char *name;
         mode_t type; /* S_IFDIR or S_IFREG */
         uint64_t ino;
-    } *names;
+    } * names;
     size_t count, cap;
 };
 
@@ -69,8 +70,8 @@ struct node_ops {
     void (*release)(struct handle *handle); /* frees the handle */
 
     /* Changes of mode, owner, times and size; `mask` of NODE_SET_…. */
-    void (*setattr)(struct node *node, struct handle *handle, const struct stat *want, unsigned mask,
-                    struct request *rq);
+    void (*setattr)(struct node *node, struct handle *handle, const struct stat *want,
+                    unsigned mask, struct request *rq);
 
     /* Lets go of the node's object. */
     void (*free)(struct node *node);
@@ -113,15 +114,16 @@ struct node_row {
     bool (*generate)(struct vm *vm, struct buf *out); /* contents, for text files (tree/text.c) */
 };
 
-/* How long the kernel keeps the attributes of a file that may change at any time: from the LOOKUP to the OPEN behind it, which
- * needs the mode for its permission check. */
+/* How long the kernel keeps the attributes of a file that may change at any time: from the LOOKUP
+ * to the OPEN behind it, which needs the mode for its permission check. */
 #define NODE_BRIEF_SECONDS 0.01
 
 struct node *node_root_new(struct daemon *daemon);
 
-/* The child node called `name`: the one the kernel has already, or a new one; a new reference. NULL: no
- * memory. A write that is held blocks its inode's lock in the kernel, where a second writer waits beyond
- * the reach of a signal; so while requests are parked on a node, a fresh one is made for the next comer. */
+/* The child node called `name`: the one the kernel has already, or a new one; a new reference.
+ * NULL: no memory. A write that is held blocks its inode's lock in the kernel, where a second
+ * writer waits beyond the reach of a signal; so while requests are parked on a node, a fresh one is
+ * made for the next comer. */
 struct node *node_child(struct node *parent, const char *name, const struct node_ops *ops,
                         const struct node_row *row, struct vm *vm);
 
@@ -132,8 +134,9 @@ struct node *node_child_private(struct node *parent, const char *name, const str
 /* The kernel has marked this child as deleted: later lookups get a fresh node. */
 void node_forget_child(struct node *parent, const char *name);
 
-/* The kernel has moved a name within a directory (rename): the node that it knows as `name` is found as `new_name` from
- * now on. node_set_kind() makes another kind of it; its former object is let go. */
+/* The kernel has moved a name within a directory (rename): the node that it knows as `name` is
+ * found as `new_name` from now on. node_set_kind() makes another kind of it; its former object is
+ * let go. */
 void node_move_child(struct node *dir, const char *name, const char *new_name);
 void node_set_kind(struct node *node, const struct node_ops *ops, void *object);
 struct node *node_find_child(struct node *parent, const char *name);
@@ -153,6 +156,7 @@ void node_release_plain(struct handle *handle);
 void handle_init(struct handle *handle, struct node *node, int flags);
 void handle_done(struct handle *handle);
 
-/* setattr for files where mode, owner and times cannot be changed but nobody is helped by an error. */
+/* setattr for files where mode, owner and times cannot be changed but nobody is helped by an error.
+ */
 void node_setattr_ignore(struct node *node, struct handle *handle, const struct stat *want,
                          unsigned mask, struct request *rq);

@@ -8,17 +8,18 @@
 
 /* One operation that somebody asks of the tree: what a node is given, and answers.
  *
- * A request is answered exactly once, with one of the request_answer functions, at once or later; then it
- * is gone. A node that cannot answer at once parks it with request_wait(). The transport (src/fuse) owns the
- * memory and implements the operations; nothing here knows of FUSE. */
+ * A request is answered exactly once, with one of the request_answer functions, at once or later;
+ * then it is gone. A node that cannot answer at once parks it with request_wait(). The transport
+ * (src/fuse) owns the memory and implements the operations; nothing here knows of FUSE. */
 
 struct node;
 struct handle;
 struct request;
 
-/* Called at most once, from the loop, when a parked request is given up: `status` is -ERR_INTERRUPTED when
- * its asker was interrupted or killed, -ERR_TIMED_OUT when its time is over. It takes the request out of
- * wherever it waits, ends what was begun for it, and answers it with `status` (or with better news, if there are any). */
+/* Called at most once, from the loop, when a parked request is given up: `status` is
+ * -ERR_INTERRUPTED when its asker was interrupted or killed, -ERR_TIMED_OUT when its time is over.
+ * It takes the request out of wherever it waits, ends what was begun for it, and answers it with
+ * `status` (or with better news, if there are any). */
 typedef void request_cancel(struct request *rq, int status, void *arg);
 
 struct request_ops {
@@ -50,8 +51,8 @@ static inline void request_answer_entry(struct request *rq, struct node *node) {
 static inline void request_answer_attr(struct request *rq, struct node *node) {
     rq->ops->attr(rq, node);
 }
-/* The result of open; the handle is the transport's until it calls the node's release(). When the asker is
- * gone, release() follows at once. */
+/* The result of open; the handle is the transport's until it calls the node's release(). When the
+ * asker is gone, release() follows at once. */
 static inline void request_answer_opened(struct request *rq, struct handle *handle) {
     rq->ops->opened(rq, handle);
 }

@@ -89,7 +89,8 @@ static void root_removal_cancel(struct request *rq, int status, void *arg) {
     request_answer(rq, status == -ERR_TIMED_OUT ? 0 : status);
 }
 
-/* A held RMDIR holds up the whole directory, so it is held only for as long as the end of a VMM takes as a rule. */
+/* A held RMDIR holds up the whole directory, so it is held only for as long as the end of a VMM
+ * takes as a rule. */
 #define ROOT_REMOVAL_MS 1000
 
 static void root_rmdir(struct node *dir, const char *name, struct request *rq) {

@@ -11,12 +11,11 @@
 #include "util/errors.h"
 #include "vm/vm.h"
 
-/* Scratch files behave as on any disk. A handle and a node each hold a reference, so that what is removed or renamed
- * away stays usable for who has it open. */
+/* Scratch files behave as on any disk. A handle and a node each hold a reference, so that what is
+ * removed or renamed away stays usable for who has it open. */
 
 bool scratch_is_wanted(const char *name, int flags) {
-    return scratch_name_is_special(name) ||
-           ((flags & O_EXCL) && (flags & O_ACCMODE) == O_RDWR);
+    return scratch_name_is_special(name) || ((flags & O_EXCL) && (flags & O_ACCMODE) == O_RDWR);
 }
 
 static void scratch_stat(const struct node *node, struct node_stat *ret_stat) {
@@ -66,8 +65,8 @@ static struct scratch_handle *scratch_handle_new(struct node *node, int flags) {
     return h;
 }
 
-void scratch_create(struct node *dir, struct scratches *table, const char *name, int flags, mode_t mode,
-                    struct request *rq) {
+void scratch_create(struct node *dir, struct scratches *table, const char *name, int flags,
+                    mode_t mode, struct request *rq) {
     struct scratch *scratch = scratch_find(table, name);
     if (scratch && ((flags & O_EXCL) || scratch->directory)) {
         request_answer(rq, -ERR_EXISTS);
@@ -92,7 +91,8 @@ void scratch_create(struct node *dir, struct scratches *table, const char *name,
 void scratch_mkdir(struct node *dir, struct scratches *table, const char *name, mode_t mode,
                    struct request *rq) {
     struct scratch *scratch;
-    int r = scratch_find(table, name) ? -ERR_EXISTS : scratch_make(table, name, true, mode, &scratch);
+    int r =
+        scratch_find(table, name) ? -ERR_EXISTS : scratch_make(table, name, true, mode, &scratch);
     struct node *node = r == 0 ? scratch_node(dir, scratch) : NULL;
     if (node)
         request_answer_entry(rq, node);
@@ -183,7 +183,8 @@ static void scratch_write_file(struct handle *handle, const char *data, size_t l
         offset = (off_t)scratch->content.len;
     int r = scratch_explain(node, scratch_write(scratch, data, length, offset));
     if (r == 0 && node->ops == &env_key_ops) { /* it has been renamed onto a variable meanwhile */
-        struct var_change set = {.name = node->name, .bytes = scratch->content.data ? scratch->content.data : "",
+        struct var_change set = {.name = node->name,
+                                 .bytes = scratch->content.data ? scratch->content.data : "",
                                  .length = scratch->content.len};
         env_commit(node, NULL, &set, 1, (ssize_t)length, rq);
         return;
@@ -204,8 +205,9 @@ static void scratch_release(struct handle *handle) {
 
 static void scratch_setattr(struct node *node, struct handle *handle, const struct stat *want,
                             unsigned mask, struct request *rq) {
-    struct scratch *scratch =
-        handle && handle->ops == &scratch_file_ops ? ((struct scratch_handle *)handle)->scratch : node->object;
+    struct scratch *scratch = handle && handle->ops == &scratch_file_ops
+                                  ? ((struct scratch_handle *)handle)->scratch
+                                  : node->object;
     int r = 0;
     if (mask & NODE_SET_MODE)
         scratch->mode = want->st_mode & 07777;

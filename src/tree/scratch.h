@@ -8,16 +8,16 @@
 extern const struct node_ops scratch_file_ops;
 extern const struct node_ops scratch_dir_ops;
 
-/* Is what is created by this name with these flags scratch? mkstemp(3) opens O_RDWR|O_CREAT|O_EXCL; its names
- * may look like anything. */
+/* Is what is created by this name with these flags scratch? mkstemp(3) opens O_RDWR|O_CREAT|O_EXCL;
+ * its names may look like anything. */
 bool scratch_is_wanted(const char *name, int flags);
 
 /* The node of a scratch; a new reference. NULL: no memory. */
 struct node *scratch_node(struct node *dir, struct scratch *scratch);
 
 /* The operations of a directory, as far as they concern scratch. */
-void scratch_create(struct node *dir, struct scratches *table, const char *name, int flags, mode_t mode,
-                    struct request *rq);
+void scratch_create(struct node *dir, struct scratches *table, const char *name, int flags,
+                    mode_t mode, struct request *rq);
 void scratch_mkdir(struct node *dir, struct scratches *table, const char *name, mode_t mode,
                    struct request *rq);
 int scratch_list(struct node *dir, struct scratches *table, struct node_list *list);

@@ -6,8 +6,8 @@
 #include "util/errors.h"
 #include "vm/vm.h"
 
-/* Small files whose contents are made when they are opened: what a row's generate() says. A reader has the
- * contents of the moment of its open. */
+/* Small files whose contents are made when they are opened: what a row's generate() says. A reader
+ * has the contents of the moment of its open. */
 
 void text_stat(const struct node *node, struct node_stat *ret_stat) {
     cleanup_buf struct buf text = {0};

@@ -3,7 +3,8 @@
 #include "tree/node.h"
 #include "util/cleanup.h"
 
-/* Files whose contents fit in memory and are fixed at open; for the kinds that are that and a bit more. */
+/* Files whose contents fit in memory and are fixed at open; for the kinds that are that and a bit
+ * more. */
 
 struct text_handle {
     struct handle handle;

@@ -12,8 +12,8 @@ extern const struct node_ops status_ops; /* ID/status */
 extern const struct node_ops text_ops;   /* info, error, ssh_config: what a row's generate() says */
 extern const struct node_ops console_ops;
 
-/* Where inode numbers come from: each VM has a range of its own, in which the small numbers are the static files and the
- * rest is given out to variables. */
+/* Where inode numbers come from: each VM has a range of its own, in which the small numbers are the
+ * static files and the rest is given out to variables. */
 #define INODE_FIRST_DYNAMIC 64
 uint64_t node_inode(const struct vm *vm, uint64_t slot);
 

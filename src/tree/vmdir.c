@@ -5,8 +5,8 @@
 #include "tree/environ.h"
 #include "tree/scratch.h"
 #include "tree/tree.h"
-#include "util/errors.h"
 #include "util/cleanup.h"
+#include "util/errors.h"
 #include "vm/vm.h"
 
 /* ID/: the files and directories of one VM, a static table. */
@@ -75,8 +75,8 @@ static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_no
         *ret_node = scratch ? scratch_node(dir, scratch) : NULL;
         return !scratch ? -ERR_NOT_FOUND : *ret_node ? 0 : -ERR_NO_MEMORY;
     }
-    /* Each use of exec has an inode to itself: a held WRITE locks its inode, and the kernel keeps one file position
-     * for all who share an open file. */
+    /* Each use of exec has an inode to itself: a held WRITE locks its inode, and the kernel keeps
+     * one file position for all who share an open file. */
     struct node *node = row->ops == &exec_ops
                             ? node_child_private(dir, name, row->ops, row, dir->vm)
                             : node_child(dir, name, row->ops, row, dir->vm);
@@ -156,7 +156,8 @@ static void vmdir_rename(struct node *dir, const char *name, struct node *new_di
 }
 
 /* Removing a built-in file succeeds and changes nothing, so that `rm -r ID` gets to the rmdir that
- * destroys the VM. The kernel takes the inode for dead, though: the next lookup has to give a new one. */
+ * destroys the VM. The kernel takes the inode for dead, though: the next lookup has to give a new
+ * one. */
 static void vmdir_unlink(struct node *dir, const char *name, struct request *rq) {
     const struct node_row *row = vmdir_row(name);
     struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);

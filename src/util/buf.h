@@ -3,8 +3,9 @@
 #include <stdarg.h>
 #include <stddef.h>
 
-/* A growable string of bytes. `data` has a NUL behind its `len` bytes whenever it is not NULL. A zeroed
- * struct is an empty buffer. Appending can only fail for want of memory; the failure is sticky
+/* A growable string of bytes. `data` has a NUL behind its `len` bytes whenever it is not NULL. A
+ * zeroed struct is an empty buffer. Appending can only fail for want of memory; the failure is
+ * sticky
  * (`failed`), so that a sequence of appends is checked once, at its end. */
 struct buf {
     char *data;
@@ -28,6 +29,6 @@ void buf_clear(struct buf *b);
 
 void buf_free(struct buf *b);
 
-/* Hands the bytes to the caller, who frees them; the buffer is empty afterwards. Never NULL unless the
- * buffer has failed. */
+/* Hands the bytes to the caller, who frees them; the buffer is empty afterwards. Never NULL unless
+ * the buffer has failed. */
 char *buf_steal(struct buf *b, size_t *ret_len);

@@ -35,7 +35,8 @@
 enum error_condition { ERRORS(ERRORS_CONSTANT) };
 #undef ERRORS_CONSTANT
 
-/* Takes a status (0 or negative) and returns the errno for the user: 0 or positive, from the table. */
+/* Takes a status (0 or negative) and returns the errno for the user: 0 or positive, from the table.
+ */
 int error_to_user(int status);
 
 /* What a status (0 or negative) means, in a few words. */

@@ -19,8 +19,8 @@ int fs_replace(const char *path, mode_t mode, const void *data, size_t length);
 /* Removes a directory and all that is in it, not following links. */
 int fs_remove_all(const char *path);
 
-/* Runs a program (found in PATH) to its end, with stdin and stdout on /dev/null, and no environment but PATH. 0 when its exit
- * status is 0; -ENOENT when it is not installed; -EIO when it failed. */
+/* Runs a program (found in PATH) to its end, with stdin and stdout on /dev/null, and no environment
+ * but PATH. 0 when its exit status is 0; -ENOENT when it is not installed; -EIO when it failed. */
 int fs_run(const char *const argv[]);
 
 /* RFC 4648, section 4. -EINVAL for what is no base64. */

@@ -52,8 +52,8 @@ static int boot_host_key(struct vm_boot *boot, struct buf *ret_private) {
         asprintf(&known_hosts, "%s/known_hosts", boot->dir) < 0)
         return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
     if (access(public_path, R_OK) < 0) {
-        const char *const keygen[] = {"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", boot->id,
-                                      "-f", path, NULL};
+        const char *const keygen[] = {"ssh-keygen", "-q",     "-t", "ed25519", "-N", "",
+                                      "-C",         boot->id, "-f", path,      NULL};
         unlink(path); /* half of a pair */
         int r = fs_run(keygen);
         if (r < 0)
@@ -134,7 +134,8 @@ static int boot_copy(int from, int to) {
     }
 }
 
-/* The kernel takes several archives, one behind the other, as one initramfs; each starts at a multiple of 4. */
+/* The kernel takes several archives, one behind the other, as one initramfs; each starts at a
+ * multiple of 4. */
 static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/initrd", boot->dir) < 0)

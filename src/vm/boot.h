@@ -3,8 +3,8 @@
 #include "vm/image.h"
 #include "vm/vm.h"
 
-/* What has to be done before the VMM of a VM can be started: read the image, make the host key, write the initrd with what
- * is particular to this VM. Done in the thread pool. */
+/* What has to be done before the VMM of a VM can be started: read the image, make the host key,
+ * write the initrd with what is particular to this VM. Done in the thread pool. */
 
 struct vm_boot;
 
@@ -12,12 +12,12 @@ struct vm_boot_result {
     int status;
     char *why; /* a sentence, when status < 0 */
     struct image image;
-    char *initrd;         /* of this VM */
-    struct buf host_key;  /* public key blob */
+    char *initrd;        /* of this VM */
+    struct buf host_key; /* public key blob */
 };
 
-/* Prepares a boot; vm->boot is set meanwhile. `done` is called once, also when the VM is gone by then; the result is
- * valid during the call. */
+/* Prepares a boot; vm->boot is set meanwhile. `done` is called once, also when the VM is gone by
+ * then; the result is valid during the call. */
 int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_result *result));
 
 /* The public part of a key file of ssh-keygen: its blob (RFC 4253, section 6.6). Blocks shortly. */

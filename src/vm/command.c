@@ -15,13 +15,13 @@
 #include "vm/control.h"
 #include "vm/target.h"
 
-/* Commands run in shells that are started ahead of them: opening a channel and starting a shell is most of what a short
- * command costs. One such shell, the spare, is kept for each VM. */
+/* Commands run in shells that are started ahead of them: opening a channel and starting a shell is
+ * most of what a short command costs. One such shell, the spare, is kept for each VM. */
 
-#define COMMAND_ERRORS_KEPT 2048   /* bytes of stderr that `error` may quote */
-#define COMMAND_KILL_MS 2000       /* from TERM to KILL */
-#define COMMAND_SPARE_MS 20        /* from a command's start to that of the next spare: out of its way */
-#define COMMAND_LINGER_MS 300      /* from one stream's end to giving up on the other's */
+#define COMMAND_ERRORS_KEPT 2048 /* bytes of stderr that `error` may quote */
+#define COMMAND_KILL_MS 2000     /* from TERM to KILL */
+#define COMMAND_SPARE_MS 20   /* from a command's start to that of the next spare: out of its way */
+#define COMMAND_LINGER_MS 300 /* from one stream's end to giving up on the other's */
 #define COMMAND_POOL_IDLE_MS 60000 /* a connection beyond the first, without commands */
 #define COMMAND_PID_LINE 32
 #define COMMAND_FINISHED_MOST 64 /* shells whose command has ended and whose channel has not */
@@ -36,7 +36,7 @@ struct command_stream {
 struct command_shell {
     struct commands *commands;
     struct ssh_channel *channel;
-    struct list link; /* in commands->shells */
+    struct list link;        /* in commands->shells */
     struct command *command; /* NULL: spare. A reference */
     long pid;                /* of the shell, leader of its process group; 0: not known yet */
     bool pid_read;
@@ -49,7 +49,7 @@ struct command_shell {
 };
 
 struct commands {
-    struct vm *vm; /* the owner */
+    struct vm *vm;         /* the owner */
     struct ssh_pool *pool; /* NULL: the guest is not reached */
     struct command_shell *spare;
     struct list shells;   /* of command_shell: spare and running */
@@ -155,9 +155,10 @@ static void command_output(struct command *command, int stream, const char *data
 
 static void commands_want_spare(struct commands *commands, unsigned ms);
 
-/* The command has ended, its channel not yet. It is left to the server to close it: when a client closes first, dropbear
- * 2022.83 ends the whole connection as soon as both streams of the shell end at once (an assertion in its
- * send_msg_channel_data()). A process in the background may keep such a channel open for as long as it runs. */
+/* The command has ended, its channel not yet. It is left to the server to close it: when a client
+ * closes first, dropbear 2022.83 ends the whole connection as soon as both streams of the shell end
+ * at once (an assertion in its send_msg_channel_data()). A process in the background may keep such
+ * a channel open for as long as it runs. */
 static void shell_finish(struct command_shell *shell) {
     struct commands *commands = shell->commands;
     if (commands->finished_count == COMMAND_FINISHED_MOST)
@@ -270,7 +271,8 @@ static void shell_data(void *arg, int stream, const char *data, size_t length) {
     struct command *command = shell->command;
     size_t before, after;
     int status = 0;
-    int found = guest_marker_find(s->held.data, s->held.len, command->nonce, &before, &after, &status);
+    int found =
+        guest_marker_find(s->held.data, s->held.len, command->nonce, &before, &after, &status);
     command_output(command, stream, s->held.data, before);
     buf_consume(&s->held, before);
     if (found) {
@@ -314,7 +316,8 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
         break;
     case SSH_REFUSED:
     case SSH_LOST:
-        if (shell->kill_wanted) { /* the signal has hit the server's side of the connection as well */
+        if (shell->kill_wanted) { /* the signal has hit the server's side of the connection as well
+                                   */
             end = COMMAND_SIGNALED;
             snprintf(command->signal, sizeof command->signal, "TERM");
             break;
@@ -352,8 +355,9 @@ static struct command_shell *shell_open(struct commands *commands) {
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
     const struct vm *vm = commands->vm;
-    /* Signals go to a process group. Where the server makes none for a command, that of its connection will do, if
-     * it has the connection to itself (dropbear: `kill 0` in a command would otherwise hit the others). */
+    /* Signals go to a process group. Where the server makes none for a command, that of its
+     * connection will do, if it has the connection to itself (dropbear: `kill 0` in a command would
+     * otherwise hit the others). */
     bool new_group = !vm->facts.own_group && !ssh_pool_is_exclusive(commands->pool);
     vm->guest->command_shell(&text, &vm->facts, vm->daemon->settings.env_file, new_group);
     if (!shell || text.failed) {
@@ -383,7 +387,8 @@ void commands_start(struct commands *commands) {
     struct ssh_target target;
     if (commands->pool || !vm_target(commands->vm, &target))
         return;
-    if (ssh_pool_new(commands->vm->daemon->loop, &target, COMMAND_POOL_IDLE_MS, &commands->pool) < 0) {
+    if (ssh_pool_new(commands->vm->daemon->loop, &target, COMMAND_POOL_IDLE_MS, &commands->pool) <
+        0) {
         log_error("%s: no memory for command connections", commands->vm->id);
         return;
     }
@@ -393,8 +398,7 @@ void commands_start(struct commands *commands) {
 void commands_stop(struct commands *commands, int status, const char *why) {
     uv_timer_stop(commands->spare_timer);
     while (!list_is_empty(&commands->shells)) {
-        struct command_shell *shell =
-            LIST_OWNER(commands->shells.next, struct command_shell, link);
+        struct command_shell *shell = LIST_OWNER(commands->shells.next, struct command_shell, link);
         struct ssh_exit exit = {.end = SSH_LOST, .error = status, .why = why};
         shell_over(shell, &exit);
     }
@@ -525,8 +529,9 @@ int command_verdict(struct command *command) {
     else
         buf_printf(&text, "` exited with status %d", command->status);
     if (command->errors.len) {
-        size_t skip =
-            command->errors.len > COMMAND_ERRORS_KEPT ? command->errors.len - COMMAND_ERRORS_KEPT : 0;
+        size_t skip = command->errors.len > COMMAND_ERRORS_KEPT
+                          ? command->errors.len - COMMAND_ERRORS_KEPT
+                          : 0;
         size_t length = command->errors.len - skip;
         while (length && command->errors.data[skip + length - 1] == '\n')
             length--;

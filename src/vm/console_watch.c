@@ -38,7 +38,8 @@ static void console_watch_look(struct console_watch *watch) {
     ssize_t n;
     while ((n = read(watch->fd, block, sizeof block)) > 0) {
         buf_append(&watch->text, block, (size_t)n);
-        if (watch->text.len && memmem(watch->text.data, watch->text.len, watch->line, strlen(watch->line))) {
+        if (watch->text.len &&
+            memmem(watch->text.data, watch->text.len, watch->line, strlen(watch->line))) {
             struct vm *vm = watch->vm;
             console_watch_stop(vm);
             control_hurry(vm->control);
@@ -49,7 +50,8 @@ static void console_watch_look(struct console_watch *watch) {
     }
 }
 
-static void console_watch_event(uv_fs_event_t *event, const char *filename, int events, int status) {
+static void console_watch_event(uv_fs_event_t *event, const char *filename, int events,
+                                int status) {
     (void)filename;
     (void)events;
     if (status == 0)

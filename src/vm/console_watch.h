@@ -2,10 +2,11 @@
 
 struct vm;
 
-/* Follows the console of a booting VM until it says that the SSH server listens. Without it the daemon would have to try: a
- * user-mode network accepts connections before the guest has one, and such an attempt is answered late or never. */
+/* Follows the console of a booting VM until it says that the SSH server listens. Without it the
+ * daemon would have to try: a user-mode network accepts connections before the guest has one, and
+ * such an attempt is answered late or never. */
 
-/* Calls control_hurry() when `line` has appeared. Nothing happens without a line, or when the console cannot be
- * followed: then attempts alone find the guest. */
+/* Calls control_hurry() when `line` has appeared. Nothing happens without a line, or when the
+ * console cannot be followed: then attempts alone find the guest. */
 void console_watch_start(struct vm *vm, const char *line);
 void console_watch_stop(struct vm *vm);

@@ -11,11 +11,11 @@
 #include "vm/target.h"
 #include "vm/vm.h"
 
-/* The resident shell. Requests are written to its input one behind the other, without waiting; the answers come in the same
- * order, each ended by a marker with the nonce of its request. */
+/* The resident shell. Requests are written to its input one behind the other, without waiting; the
+ * answers come in the same order, each ended by a marker with the nonce of its request. */
 
-/* After a refused or lost connection, the wait before the next. A guest that has the network up but no SSH server yet
- * refuses at once, so while it boots the pace decides how early it is found. */
+/* After a refused or lost connection, the wait before the next. A guest that has the network up but
+ * no SSH server yet refuses at once, so while it boots the pace decides how early it is found. */
 #define CONTROL_RETRY_MS 50
 #define CONTROL_RETRY_MOST_MS 1000
 
@@ -35,8 +35,9 @@ struct control {
     struct ssh_session *session; /* NULL between two attempts */
     struct ssh_channel *shell;
     bool started, up;
-    unsigned retry; /* ms */
-    uv_timer_t *timer; /* retry while there is no session, deadline of the first request while there is one */
+    unsigned retry;    /* ms */
+    uv_timer_t *timer; /* retry while there is no session, deadline of the first request while there
+                          is one */
     struct list requests;
     struct buf answer;
 };
@@ -181,8 +182,8 @@ static void control_data(void *arg, int stream, const char *data, size_t length)
 }
 
 static void control_closed(void *arg, const struct ssh_exit *exit) {
-    control_lost(arg, exit->end == SSH_REFUSED || exit->end == SSH_LOST ? exit->error
-                                                                        : -ERR_UNREACHABLE,
+    control_lost(arg,
+                 exit->end == SSH_REFUSED || exit->end == SSH_LOST ? exit->error : -ERR_UNREACHABLE,
                  exit->why ? exit->why : "the guest's shell has ended");
 }
 
@@ -204,7 +205,8 @@ static void control_up(void *arg) {
 
 static void control_down(void *arg, int status, const char *why) {
     struct control *control = arg;
-    if (status == -ERR_DENIED) { /* will not get better by itself: let it be seen, and do not hurry */
+    if (status ==
+        -ERR_DENIED) { /* will not get better by itself: let it be seen, and do not hurry */
         vm_fail(control->vm, status, "%s", why);
         control->retry = CONTROL_RETRY_MOST_MS;
     }
@@ -214,10 +216,9 @@ static void control_down(void *arg, int status, const char *why) {
 static void control_connect(struct control *control) {
     static const struct ssh_session_events events = {.up = control_up, .down = control_down};
     struct ssh_target target;
-    int r = vm_target(control->vm, &target)
-                ? ssh_session_open(control->vm->daemon->loop, &target, &events, control,
-                                   &control->session)
-                : -ERR_UNREACHABLE;
+    int r = vm_target(control->vm, &target) ? ssh_session_open(control->vm->daemon->loop, &target,
+                                                               &events, control, &control->session)
+                                            : -ERR_UNREACHABLE;
     if (r < 0)
         control_lost(control, r, error_text(r));
 }
@@ -267,8 +268,7 @@ int control_request(struct control *control, const struct buf *script, control_d
     }
     request->done = done;
     request->arg = arg;
-    request->deadline =
-        uv_now(control->vm->daemon->loop) + control->vm->daemon->settings.timeout;
+    request->deadline = uv_now(control->vm->daemon->loop) + control->vm->daemon->settings.timeout;
     list_append(&control->requests, &request->link);
     if (control->requests.next == &request->link)
         control_watch(control);

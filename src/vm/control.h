@@ -4,29 +4,34 @@
 
 #include "vm/vm.h"
 
-/* The control connection of a guest: an SSH connection whose only user is a resident shell. A request
- * is a line of script; its answer is the script's output and exit status; that is one round trip. */
+/* The control connection of a guest: an SSH connection whose only user is a resident shell. A
+ * request is a line of script; its answer is the script's output and exit status; that is one round
+ * trip. */
 
 struct control;
 struct control_request;
 
-/* output is valid during the call. status: the script's exit status (>= 0), or -ERR_… when there is no
- * answer: then what the script did is unknown. */
+/* output is valid during the call. status: the script's exit status (>= 0), or -ERR_… when there is
+ * no answer: then what the script did is unknown. */
 typedef void control_done(void *arg, int status, const char *output, size_t length);
 
 struct control *control_new(struct vm *vm);
 void control_free(struct control *control);
 
-/* Connects to where the VMM says the guest is, and again when the connection is lost, until control_stop(). Tells
- * vm_guest_up() each time the shell answers, vm_guest_lost() when it is lost. */
+/* Connects to where the VMM says the guest is, and again when the connection is lost, until
+ * control_stop(). Tells vm_guest_up() each time the shell answers, vm_guest_lost() when it is lost.
+ */
 void control_start(struct control *control);
 
-/* The guest is known to listen now: an attempt that waits for an answer since before is given up for a new one. */
+/* The guest is known to listen now: an attempt that waits for an answer since before is given up
+ * for a new one. */
 void control_hurry(struct control *control);
 
 /* Ends the connection; waiting requests fail with `status`. */
 void control_stop(struct control *control, int status);
 
-/* `done` is called exactly once, from the loop. Answers come in the order of the requests. The deadline is
- * settings.timeout: past it the connection is given up. -ERR_UNREACHABLE when there is no connection. */
-int control_request(struct control *control, const struct buf *script, control_done *done, void *arg);
+/* `done` is called exactly once, from the loop. Answers come in the order of the requests. The
+ * deadline is settings.timeout: past it the connection is given up. -ERR_UNREACHABLE when there is
+ * no connection. */
+int control_request(struct control *control, const struct buf *script, control_done *done,
+                    void *arg);

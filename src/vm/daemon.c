@@ -35,7 +35,8 @@ static int daemon_own_directory(const char *path, char **ret_why) {
     if (r < 0)
         return daemon_fail(ret_why, r, "cannot make", path);
     if (!S_ISDIR(st.st_mode) || st.st_uid != getuid())
-        return daemon_fail(ret_why, -EPERM, "is not a directory of the user who starts vmsfs:", path);
+        return daemon_fail(ret_why, -EPERM,
+                           "is not a directory of the user who starts vmsfs:", path);
     if ((st.st_mode & 077) && chmod(path, 0700) < 0)
         return daemon_fail(ret_why, -errno, "cannot make private:", path);
     return 0;
@@ -65,8 +66,8 @@ static int daemon_key(struct daemon *d, char **ret_why) {
         asprintf(&public_path, "%s.pub", d->key_path) < 0)
         return -ENOMEM;
     if (access(public_path, R_OK) < 0) {
-        const char *const keygen[] = {"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmsfs",
-                                      "-f", d->key_path, NULL};
+        const char *const keygen[] = {"ssh-keygen", "-q",    "-t", "ed25519",   "-N", "",
+                                      "-C",         "vmsfs", "-f", d->key_path, NULL};
         unlink(d->key_path);
         int r = fs_run(keygen);
         if (r < 0)
@@ -83,8 +84,8 @@ static int daemon_key(struct daemon *d, char **ret_why) {
 }
 
 /* Calls `visit` with the path of each folder in STATE/`name`. */
-static int daemon_each(struct daemon *d, const char *name, void (*visit)(struct daemon *d, const char *path),
-                       char **ret_why) {
+static int daemon_each(struct daemon *d, const char *name,
+                       void (*visit)(struct daemon *d, const char *path), char **ret_why) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/%s", d->settings.state_dir, name) < 0)
         return -ENOMEM;

@@ -14,7 +14,8 @@
 
 struct vm;
 
-/* What the command line and the environment decide; set before the daemon starts, constant after. */
+/* What the command line and the environment decide; set before the daemon starts, constant after.
+ */
 struct settings {
     char *mountpoint;  /* absolute */
     char *state_dir;   /* absolute, 0700 */
@@ -22,12 +23,12 @@ struct settings {
     char *images_dir;  /* `-o images=`; NULL: the default search path alone */
     char *image;       /* name or absolute path */
     char *backend;
-    unsigned vcpus;        /* 0: what the image says */
-    unsigned memory;       /* MiB; 0: what the image says */
-    unsigned boot_timeout; /* ms from mkdir until running */
-    unsigned timeout;      /* ms: the longest wait for an answer of a guest or a VMM */
+    unsigned vcpus;           /* 0: what the image says */
+    unsigned memory;          /* MiB; 0: what the image says */
+    unsigned boot_timeout;    /* ms from mkdir until running */
+    unsigned timeout;         /* ms: the longest wait for an answer of a guest or a VMM */
     unsigned scratch_timeout; /* ms that a temporary file lives without being used */
-    char *env_file; /* in the guest, absolute */
+    char *env_file;           /* in the guest, absolute */
     bool verbose_boot;
     bool ephemeral; /* destroy every VM at unmount */
 };
@@ -45,13 +46,14 @@ struct daemon {
     uid_t uid;          /* owner of every file of the tree */
     gid_t gid;
     uint64_t last_number; /* of VMs; never used twice in a state directory */
-    uint64_t requests; /* served, for `info` */
+    uint64_t requests;    /* served, for `info` */
     struct timespec started;
     struct vm_index vms;
 };
 
-/* Takes the state directory (one daemon each: -EBUSY with *ret_why), makes what is missing in it, and
- * brings up the VMs that are recorded there. On error *ret_why is a sentence (the caller frees it). */
+/* Takes the state directory (one daemon each: -EBUSY with *ret_why), makes what is missing in it,
+ * and brings up the VMs that are recorded there. On error *ret_why is a sentence (the caller frees
+ * it). */
 int daemon_open(struct daemon *d, char **ret_why);
 
 /* Has every VM that was taken over been heard from (or given up)? */
@@ -60,7 +62,7 @@ bool daemon_is_settled(const struct daemon *d);
 /* Begins to destroy all VMs (ephemeral). */
 void daemon_destroy_all(struct daemon *d);
 
-/* Lets go of everything; VMs that run go on running. What is left to do (files that are being written) is done by running
- * the loop until it is empty; after that daemon_free(). */
+/* Lets go of everything; VMs that run go on running. What is left to do (files that are being
+ * written) is done by running the loop until it is empty; after that daemon_free(). */
 void daemon_close(struct daemon *d);
 void daemon_free(struct daemon *d);

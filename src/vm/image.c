@@ -57,7 +57,8 @@ static char *image_find(const struct settings *settings, const char *name) {
 }
 
 /* A path in the image's folder: a plain name, so that an image cannot point elsewhere. */
-static int image_file(const struct image *image, const json_t *json, const char *key, char **ret_path) {
+static int image_file(const struct image *image, const json_t *json, const char *key,
+                      char **ret_path) {
     const char *name = json_string_value(json_object_get(json, key));
     if (!name || !name[0] || strchr(name, '/') || name[0] == '.')
         return -ERR_INVALID;
@@ -104,7 +105,8 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
     return 0;
 }
 
-static int image_fail(char **ret_why, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static int image_fail(char **ret_why, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 static int image_fail(char **ret_why, const char *format, ...) {
     struct buf why = {0};
     va_list args;
@@ -127,15 +129,17 @@ int image_open(const struct settings *settings, const char *name, struct image *
         for (char *c = path.data; c && *c; c++)
             if (*c == '\n')
                 *c = ' ';
-        return image_fail(ret_why,
-                          "image \"%s\" is in none of: %s- build one with contrib/guest/tiny, or name "
-                          "its folder with -o images=DIR",
-                          name, path.data);
+        return image_fail(
+            ret_why,
+            "image \"%s\" is in none of: %s- build one with contrib/guest/tiny, or name "
+            "its folder with -o images=DIR",
+            name, path.data);
     }
     cleanup_free char *file = NULL;
     cleanup_buf struct buf text = {0};
-    int r = asprintf(&file, "%s/image.json", image.path) < 0 ? -ENOMEM
-                                                             : fs_read(file, IMAGE_JSON_LIMIT, &text);
+    int r = asprintf(&file, "%s/image.json", image.path) < 0
+                ? -ENOMEM
+                : fs_read(file, IMAGE_JSON_LIMIT, &text);
     if (r < 0) {
         image_fail(ret_why, "image \"%s\": cannot read %s: %s", name, file, strerror(-r));
         image_close(&image);
@@ -143,9 +147,11 @@ int image_open(const struct settings *settings, const char *name, struct image *
     }
     json_t *json = json_loadb(text.data ? text.data : "", text.len, JSON_REJECT_DUPLICATES, &error);
     if (!json)
-        r = image_fail(ret_why, "image \"%s\": %s, line %d: %s", name, file, error.line, error.text);
+        r = image_fail(ret_why, "image \"%s\": %s, line %d: %s", name, file, error.line,
+                       error.text);
     else if (image_parse(&image, json, &field) < 0)
-        r = image_fail(ret_why, "image \"%s\": %s: the field %s is missing or wrong", name, file, field);
+        r = image_fail(ret_why, "image \"%s\": %s: the field %s is missing or wrong", name, file,
+                       field);
     else if (access(image.kernel, R_OK) < 0 || access(image.initrd, R_OK) < 0)
         r = image_fail(ret_why, "image \"%s\": cannot read its kernel or initrd in %s: %s", name,
                        image.path, strerror(errno));

@@ -2,16 +2,17 @@
 
 #include "vm/daemon.h"
 
-/* Images: folders with an image.json that says how to boot what else is in them. A VM's image is named by its
- * folder's name, looked for in image_search_path(), or by an absolute path.
+/* Images: folders with an image.json that says how to boot what else is in them. A VM's image is
+ * named by its folder's name, looked for in image_search_path(), or by an absolute path.
  *
- *     {"os": "linux", "kernel": "vmlinuz", "initrd": "initrd.img", "boot_args": "…", "inject": "cpio",
- *      "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80, "ready": "…"}
+ *     {"os": "linux", "kernel": "vmlinuz", "initrd": "initrd.img", "boot_args": "…", "inject":
+ * "cpio", "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80, "ready": "…"}
  *
- * "inject": "cpio": the guest is an initramfs, and what is particular to a VM is a second cpio archive. */
+ * "inject": "cpio": the guest is an initramfs, and what is particular to a VM is a second cpio
+ * archive. */
 
 struct image {
-    char *path; /* of the folder, absolute */
+    char *path;            /* of the folder, absolute */
     char *kernel, *initrd; /* absolute */
     char *boot_args;
     char *user;
@@ -19,7 +20,8 @@ struct image {
     unsigned vcpus, memory, memory_min;
 };
 
-/* Reads an image. On error *ret_why is a sentence with the remedy (the caller frees it). Blocks shortly. */
+/* Reads an image. On error *ret_why is a sentence with the remedy (the caller frees it). Blocks
+ * shortly. */
 int image_open(const struct settings *settings, const char *name, struct image *ret_image,
                char **ret_why);
 void image_close(struct image *image);

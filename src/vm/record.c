@@ -12,8 +12,8 @@
 #include "vm/vm.h"
 #include "vmm/vmm.h"
 
-/* The record of a VM, vm.json in its folder: what the next daemon needs to go on. Mode 0600, replaced by rename,
- * written in the thread pool. */
+/* The record of a VM, vm.json in its folder: what the next daemon needs to go on. Mode 0600,
+ * replaced by rename, written in the thread pool. */
 
 #define RECORD_VERSION 1
 #define RECORD_LIMIT (32 << 20)
@@ -34,13 +34,13 @@ static json_t *record_make(struct vm *vm) {
         json_decref(vmm);
         return NULL;
     }
-    return json_pack("{s:i, s:s, s:I, s:s, s:b, s:b, s:s, s:i, s:i, s:I, s:I, s:s*, s:s*, s:o*, s:o}",
-                     "version", RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number, "state",
-                     vm_state_name(vm->state), "attached", vm->attached, "owned", vars_are_owned(vm->vars), "image", vm->image, "vcpus",
-                     (int)vm->vcpus, "memory", (int)vm->memory, "created",
-                     (json_int_t)vm->created.tv_sec, "booted_ms", (json_int_t)vm->booted_ms, "user",
-                     vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL, "vmm", vmm, "variables",
-                     variables);
+    return json_pack(
+        "{s:i, s:s, s:I, s:s, s:b, s:b, s:s, s:i, s:i, s:I, s:I, s:s*, s:s*, s:o*, s:o}", "version",
+        RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number, "state",
+        vm_state_name(vm->state), "attached", vm->attached, "owned", vars_are_owned(vm->vars),
+        "image", vm->image, "vcpus", (int)vm->vcpus, "memory", (int)vm->memory, "created",
+        (json_int_t)vm->created.tv_sec, "booted_ms", (json_int_t)vm->booted_ms, "user", vm->user,
+        "backend", vm->vmm ? vm->vmm->ops->name : NULL, "vmm", vmm, "variables", variables);
 }
 
 static void record_write(uv_work_t *work) {
@@ -90,7 +90,8 @@ static void record_start(struct vm *vm) {
         w->work.data = w;
         w->for_vars = vars_wants_saving(vm->vars);
         w->vm = vm;
-        ok = w->text && uv_queue_work(vm->daemon->loop, &w->work, record_write, record_written) == 0;
+        ok =
+            w->text && uv_queue_work(vm->daemon->loop, &w->work, record_write, record_written) == 0;
     }
     json_decref(record);
     if (ok) {
@@ -136,7 +137,8 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     if (r == 0)
         r = ops->adopt(vm->daemon->loop, &config, saved, &vm_vmm_events, vm, &vm->vmm);
     if (r < 0) {
-        vm_fail(vm, r, "%s ended while no daemon was there to see it; `echo running > status` starts it",
+        vm_fail(vm, r,
+                "%s ended while no daemon was there to see it; `echo running > status` starts it",
                 vm->id);
         return;
     }
@@ -174,10 +176,10 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     vm->memory = record_number(record, "memory");
     vm->booted_ms = record_number(record, "booted_ms");
     vm->created.tv_sec = json_integer_value(json_object_get(record, "created"));
-    int state = record_text(record, "state")
-                    ? vm_state_from_name(record_text(record, "state"),
-                                         strlen(record_text(record, "state")))
-                    : VM_STOPPED;
+    int state =
+        record_text(record, "state")
+            ? vm_state_from_name(record_text(record, "state"), strlen(record_text(record, "state")))
+            : VM_STOPPED;
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));

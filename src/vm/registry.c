@@ -183,9 +183,10 @@ void vm_destroy(struct vm *vm, struct vm_wait *wait) {
     if (vm_find(d, vm->id) == vm)
         RB_REMOVE(vm_index, &d->vms, vm);
 
-    /* The id is free at once, for a new VM in a folder of its own. What a killed daemon leaves in the
-     * trash is cleared away by the next. */
-    if (asprintf(&trash, "%s/trash/%llu", d->settings.state_dir, (unsigned long long)vm->number) >= 0 &&
+    /* The id is free at once, for a new VM in a folder of its own. What a killed daemon leaves in
+     * the trash is cleared away by the next. */
+    if (asprintf(&trash, "%s/trash/%llu", d->settings.state_dir, (unsigned long long)vm->number) >=
+            0 &&
         strcmp(trash, vm->dir) != 0 && rename(vm->dir, trash) == 0) {
         free(vm->dir);
         vm->dir = trash;

@@ -8,8 +8,9 @@
 
 #include "util/buf.h"
 
-/* Scratch: the temporary files and lock directories that tools make beside their target, and rename onto it
- * (design, section 2: staging). It lives in memory only, never reaches a guest, is bounded, and expires. */
+/* Scratch: the temporary files and lock directories that tools make beside their target, and rename
+ * onto it (design, section 2: staging). It lives in memory only, never reaches a guest, is bounded,
+ * and expires. */
 
 #define SCRATCH_FILE_LIMIT (4 << 20)
 #define SCRATCH_BYTES_LIMIT (8 << 20) /* of one directory */
@@ -57,7 +58,8 @@ void scratch_remove(struct scratch *scratch);
 /* Another name, replacing what has it. */
 int scratch_rename(struct scratch *scratch, const char *new_name);
 
-/* Changes the content: `length` bytes at `offset`, filling a gap with NUL. -ERR_TOO_LARGE, -ERR_NO_ROOM. */
+/* Changes the content: `length` bytes at `offset`, filling a gap with NUL. -ERR_TOO_LARGE,
+ * -ERR_NO_ROOM. */
 int scratch_write(struct scratch *scratch, const char *data, size_t length, off_t offset);
 int scratch_resize(struct scratch *scratch, off_t size);
 

@@ -246,7 +246,8 @@ int vars_learn_kept(struct vars *vars, const char *text, size_t length) {
     return r;
 }
 
-/* JSON strings are Unicode; what is no UTF-8 is recorded byte for byte as the characters U+0001 to U+00FF. */
+/* JSON strings are Unicode; what is no UTF-8 is recorded byte for byte as the characters U+0001 to
+ * U+00FF. */
 static json_t *vars_save_latin1(const char *bytes, size_t length) {
     cleanup_buf struct buf text = {0};
     for (size_t i = 0; i < length; i++) {
@@ -296,7 +297,8 @@ bool vars_are_owned(const struct vars *vars) {
 }
 
 int vars_each(const struct vars *vars,
-              int (*visit)(void *arg, const char *name, const char *bytes, size_t length), void *arg) {
+              int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
+              void *arg) {
     return vars_walk(vars, NULL, visit, arg);
 }
 
@@ -309,13 +311,13 @@ int vars_load(struct vars *vars, const json_t *saved, bool owned) {
         const json_t *bytes = json_object_get(one, "bytes");
         const json_t *latin1 = json_object_get(one, "latin1");
         cleanup_buf struct buf value = {0};
-        if (!json_is_string(name) || !env_name_is_valid(json_string_value(name),
-                                                        json_string_length(name)))
+        if (!json_is_string(name) ||
+            !env_name_is_valid(json_string_value(name), json_string_length(name)))
             return -ERR_INVALID;
         if (json_is_string(bytes))
             buf_append(&value, json_string_value(bytes), json_string_length(bytes));
-        else if (!json_is_string(latin1) ||
-                 vars_load_latin1(&value, json_string_value(latin1), json_string_length(latin1)) < 0)
+        else if (!json_is_string(latin1) || vars_load_latin1(&value, json_string_value(latin1),
+                                                             json_string_length(latin1)) < 0)
             return -ERR_INVALID;
         if (value.len > VAR_LIMIT + 1 || (value.len && memchr(value.data, 0, value.len)))
             return -ERR_INVALID;

@@ -13,23 +13,24 @@
 
 /* The variables of one VM.
  *
- * What is in the table is what was acknowledged: the guest has it (running), or it is on the host's disk
- * and goes in at boot (booting, stopped, failed). Changes go in as commits. While one update of the guest is under
- * way, further commits gather and go together in the next (group commit); each has its own verdict.
+ * What is in the table is what was acknowledged: the guest has it (running), or it is on the host's
+ * disk and goes in at boot (booting, stopped, failed). Changes go in as commits. While one update
+ * of the guest is under way, further commits gather and go together in the next (group commit);
+ * each has its own verdict.
  *
  * A variable keeps the bytes that were written. Its value is those without one trailing newline. */
 
-#define VAR_LIMIT 131072      /* bytes of a value with its key */
-#define VARS_LIMIT (1 << 20)  /* bytes of all values with their keys */
-#define VAR_FRESH_MS 1000     /* how long what was learned from the guest is taken as true */
+#define VAR_LIMIT 131072     /* bytes of a value with its key */
+#define VARS_LIMIT (1 << 20) /* bytes of all values with their keys */
+#define VAR_FRESH_MS 1000    /* how long what was learned from the guest is taken as true */
 
 struct var {
     RB_ENTRY(var) entry;
     char *name;
     char *bytes; /* as written; never NULL when set */
     size_t length;
-    bool set;          /* the variable exists; else it is only being created */
-    unsigned creating; /* handles that have created it and not yet written */
+    bool set;           /* the variable exists; else it is only being created */
+    unsigned creating;  /* handles that have created it and not yet written */
     unsigned truncated; /* handles whose truncation is pending: it reads as empty */
     uint64_t number;    /* for its inode number */
     mode_t mode;        /* permission bits */
@@ -57,11 +58,13 @@ const struct timespec *vars_written(const struct vars *vars);
 /* The variable, if it is set or being created. */
 struct var *vars_find(struct vars *vars, const char *name);
 
-/* A name for a variable that is being created; it shows until vars_uncreate(). NULL: no memory or too many. */
+/* A name for a variable that is being created; it shows until vars_uncreate(). NULL: no memory or
+ * too many. */
 struct var *vars_create(struct vars *vars, const char *name);
 void vars_uncreate(struct vars *vars, const char *name);
 
-/* Somebody looks at the variables: for a while what changes in the guest is learned without being asked for. */
+/* Somebody looks at the variables: for a while what changes in the guest is learned without being
+ * asked for. */
 void vars_touch(struct vars *vars);
 
 /* One change of a commit. */
@@ -71,9 +74,10 @@ struct var_change {
     size_t length;
 };
 
-/* Checks and takes a set of changes that take effect together or not at all (bytes are copied). `wait` is told the verdict.
- * -ERR_… and no wait for what is refused at once: -ERR_INVALID (a NUL byte, a name), -ERR_TOO_LARGE,
- * -ERR_NO_ROOM, -ERR_BUSY, -ERR_UNREACHABLE. A cancelled wait leaves the commit to take its course. */
+/* Checks and takes a set of changes that take effect together or not at all (bytes are copied).
+ * `wait` is told the verdict. -ERR_… and no wait for what is refused at once: -ERR_INVALID (a NUL
+ * byte, a name), -ERR_TOO_LARGE, -ERR_NO_ROOM, -ERR_BUSY, -ERR_UNREACHABLE. A cancelled wait leaves
+ * the commit to take its course. */
 int vars_commit(struct vars *vars, const struct var_change *changes, size_t count,
                 struct vm_wait *wait);
 
@@ -83,7 +87,8 @@ int vars_replace(struct vars *vars, const struct var_change *changes, size_t cou
 
 /* Visits every variable that is set, in order. A negative return ends it and is returned. */
 int vars_each(const struct vars *vars,
-              int (*visit)(void *arg, const char *name, const char *bytes, size_t length), void *arg);
+              int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
+              void *arg);
 
 /* Length of the value: without one trailing newline. */
 size_t var_value_length(const char *bytes, size_t length);
@@ -91,16 +96,16 @@ size_t var_value_length(const char *bytes, size_t length);
 /* Says that the guest's shells keep this name for themselves. */
 int vars_refuse_reserved(struct vm *vm, const char *name);
 
-/* Makes sure that what is known is not older than VAR_FRESH_MS. 1: it is, no wait needed; 0: `wait` is told
- * when it is; else -ERR_…. */
+/* Makes sure that what is known is not older than VAR_FRESH_MS. 1: it is, no wait needed; 0: `wait`
+ * is told when it is; else -ERR_…. */
 int vars_refresh(struct vars *vars, struct vm_wait *wait);
 
-/* For a new boot: the guest's file as it goes into the boot; remembers what went in. Nothing when the variables are still
- * those of the image, whatever they are. */
+/* For a new boot: the guest's file as it goes into the boot; remembers what went in. Nothing when
+ * the variables are still those of the image, whatever they are. */
 int vars_inject(struct vars *vars, struct buf *out);
 
-/* The guest answers after a boot (fresh: it has what vars_inject() gave) or after a lost connection: brings
- * both sides together; `done` when they are. */
+/* The guest answers after a boot (fresh: it has what vars_inject() gave) or after a lost
+ * connection: brings both sides together; `done` when they are. */
 void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status));
 
 /* No answer can come any more: every commit under way fails with `status`. */
@@ -110,7 +115,8 @@ void vars_detach(struct vars *vars, int status);
 json_t *vars_save(const struct vars *vars);
 bool vars_are_owned(const struct vars *vars);
 int vars_load(struct vars *vars, const json_t *saved, bool owned);
-/* Is there a batch whose verdict is that of the record's next writing? Then that calls vars_saved(). */
+/* Is there a batch whose verdict is that of the record's next writing? Then that calls
+ * vars_saved(). */
 bool vars_wants_saving(const struct vars *vars);
 void vars_saved(struct vars *vars, int status);
 

@@ -6,9 +6,10 @@
 #include "util/errors.h"
 #include "vm/vars_internal.h"
 
-/* How changes take effect. Commits that come while a batch is under way are queued and become the next batch, whose
- * changes are laid over the table (the overlay), sent as one, and put into the table only when the verdict is success. So
- * the table never shows what was not acknowledged, and a failure leaves it as it was. */
+/* How changes take effect. Commits that come while a batch is under way are queued and become the
+ * next batch, whose changes are laid over the table (the overlay), sent as one, and put into the
+ * table only when the verdict is success. So the table never shows what was not acknowledged, and a
+ * failure leaves it as it was. */
 
 /* How often an update is tried anew because somebody else changed the file. */
 #define VARS_RETRIES 8
@@ -130,7 +131,8 @@ static int overlay_compare(const void *a, const void *b) {
     return order ? order : (*x)->order > (*y)->order ? -1 : 1;
 }
 
-/* Takes all that is queued. The overlay is the last change of each name since the last commit that replaces everything. */
+/* Takes all that is queued. The overlay is the last change of each name since the last commit that
+ * replaces everything. */
 static struct vars_batch *batch_new(struct vars *vars) {
     size_t count = 0, order = 0;
     for (struct list *l = vars->queued.next; l != &vars->queued; l = l->next)
@@ -278,7 +280,8 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
         vars->learned = uv_now(vars->vm->daemon->loop);
         vars->absent = false;
     }
-    vars_batch_end(vars, status > 0 ? vars_explain(vars, "writing", status, output, length) : status);
+    vars_batch_end(vars,
+                   status > 0 ? vars_explain(vars, "writing", status, output, length) : status);
 }
 
 int vars_send(struct vars *vars, const struct vars_batch *batch, control_done *done, void *arg) {
@@ -336,14 +339,15 @@ void vars_saved(struct vars *vars, int status) {
 }
 
 int vars_refuse_reserved(struct vm *vm, const char *name) {
-    return vm_fail(vm, -ERR_INVALID,
-                   "env/%s: the guest's shells keep this name for themselves, and setting it would end "
-                   "them",
-                   name);
+    return vm_fail(
+        vm, -ERR_INVALID,
+        "env/%s: the guest's shells keep this name for themselves, and setting it would end "
+        "them",
+        name);
 }
 
-static int vars_check(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
-                      ssize_t *ret_growth) {
+static int vars_check(struct vars *vars, const struct var_change *changes, size_t count,
+                      bool replace, ssize_t *ret_growth) {
     struct vm *vm = vars->vm;
     ssize_t growth = replace ? -(ssize_t)vars->projected : 0;
     for (size_t i = 0; i < count; i++) {
@@ -356,18 +360,21 @@ static int vars_check(struct vars *vars, const struct var_change *changes, size_
         if (vm->guest->name_is_reserved(c->name) && !vars_pending_size(vars, c->name))
             return vars_refuse_reserved(vm, c->name);
         if (memchr(c->bytes, 0, c->length))
-            return vm_fail(vm, -ERR_INVALID,
-                           "env/%s: the value has a NUL byte, which no environment variable can hold",
-                           c->name);
+            return vm_fail(
+                vm, -ERR_INVALID,
+                "env/%s: the value has a NUL byte, which no environment variable can hold",
+                c->name);
         if (strlen(c->name) + var_value_length(c->bytes, c->length) > VAR_LIMIT)
-            return vm_fail(vm, -ERR_TOO_LARGE, "env/%s: a value takes %d bytes at most, with its name",
-                           c->name, VAR_LIMIT);
+            return vm_fail(vm, -ERR_TOO_LARGE,
+                           "env/%s: a value takes %d bytes at most, with its name", c->name,
+                           VAR_LIMIT);
         growth += (ssize_t)change_size(c->name, c->bytes, c->length) - (ssize_t)there;
     }
     if ((ssize_t)vars->projected + growth > VARS_LIMIT && (growth > 0 || replace))
-        return vm_fail(vm, -ERR_NO_ROOM,
-                       "env/%s: the variables of a VM take %d bytes at most, all together; remove some",
-                       changes[0].name, VARS_LIMIT);
+        return vm_fail(
+            vm, -ERR_NO_ROOM,
+            "env/%s: the variables of a VM take %d bytes at most, all together; remove some",
+            changes[0].name, VARS_LIMIT);
     *ret_growth = growth;
     return 0;
 }
@@ -384,8 +391,8 @@ static int vars_check_state(struct vars *vars) {
     }
 }
 
-static int vars_enqueue(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
-                        struct vm_wait *wait) {
+static int vars_enqueue(struct vars *vars, const struct var_change *changes, size_t count,
+                        bool replace, struct vm_wait *wait) {
     ssize_t growth = 0;
     if (vars->vm->gone)
         return -ERR_GONE;
@@ -427,8 +434,8 @@ void vars_fail_all(struct vars *vars, int status) {
         struct vars_batch *batch = vars->flight;
         vars->flight = NULL;
         list_splice(&failed, &batch->commits);
-        /* One that is with the control connection is freed by vars_updated(), which may be now: when this is
-         * called for a lost connection, its requests fail after it. */
+        /* One that is with the control connection is freed by vars_updated(), which may be now:
+         * when this is called for a lost connection, its requests fail after it. */
         if (batch->to_guest && !vars->rereading)
             batch->vars = NULL;
         else

@@ -5,21 +5,24 @@
 #include "util/log.h"
 #include "vm/vars_internal.h"
 
-/* What is learned from the guest. Its env file is the truth while it runs: it is read when somebody asks and what is known is
- * older than VAR_FRESH_MS, again and again while somebody looks, and whenever an update finds it changed. */
+/* What is learned from the guest. Its env file is the truth while it runs: it is read when somebody
+ * asks and what is known is older than VAR_FRESH_MS, again and again while somebody looks, and
+ * whenever an update finds it changed. */
 
 #define VARS_SEAL_MS 20
 #define VARS_POLL_MS 700     /* so that a change shows within a second */
 #define VARS_LOOKED_MS 60000 /* how long after a look it goes on */
 
-int vars_explain(struct vars *vars, const char *doing, int status, const char *output, size_t length) {
+int vars_explain(struct vars *vars, const char *doing, int status, const char *output,
+                 size_t length) {
     const char *end = memchr(output, '\n', length);
     size_t words = end ? (size_t)(end - output) : length;
     const char *path = vars->vm->daemon->settings.env_file;
     if (status == GUEST_CHANGED)
-        return vm_fail(vars->vm, -ERR_BUSY,
-                       "%s %s in the guest failed: others keep changing it; the variables are unchanged",
-                       doing, path);
+        return vm_fail(
+            vars->vm, -ERR_BUSY,
+            "%s %s in the guest failed: others keep changing it; the variables are unchanged",
+            doing, path);
     return vm_fail(vars->vm, memmem(output, length, "No space", 8) ? -ERR_NO_ROOM : -ERR_IO,
                    "%s %s in the guest failed: %.*s; the variables are unchanged", doing, path,
                    words > 200 ? 200 : (int)words, output);
@@ -34,8 +37,8 @@ static void vars_end_attach(struct vars *vars, int status) {
         attached(vars->vm, status);
 }
 
-/* After a boot the table wins, if it is the user's: it is sent for as long as it is not what the guest has. Else, and after a
- * lost connection, the guest's file is the truth. */
+/* After a boot the table wins, if it is the user's: it is sent for as long as it is not what the
+ * guest has. Else, and after a lost connection, the guest's file is the truth. */
 static int vars_attach_learn(struct vars *vars, const char *text, size_t length) {
     cleanup_buf struct buf ours = {0};
     vars->attach_read = true;

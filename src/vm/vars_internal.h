@@ -3,8 +3,8 @@
 #include "vm/control.h"
 #include "vm/vars.h"
 
-/* Private to vm/vars.c (the table), vm/vars_commit.c (how changes reach the guest or the disk) and vm/vars_guest.c (what is
- * learned from the guest). */
+/* Private to vm/vars.c (the table), vm/vars_commit.c (how changes reach the guest or the disk) and
+ * vm/vars_guest.c (what is learned from the guest). */
 
 #define VAR_FIRST_NUMBER 64 /* below are the inode numbers of a VM's static files */
 
@@ -18,7 +18,7 @@ struct vars {
     uint64_t last_number;
     struct timespec changed; /* which variables there are */
     struct timespec written; /* what they are */
-    struct buf kept; /* lines of others in the guest's file */
+    struct buf kept;         /* lines of others in the guest's file */
 
     struct list queued;        /* of vars_commit: for the next batch */
     struct vars_batch *flight; /* under way */
@@ -26,19 +26,19 @@ struct vars {
 
     uint64_t learned; /* uv_now() of the last word from the guest; 0: never */
     bool absent;      /* the guest has no such file */
-    bool owned;       /* the table is what the user wants: at a boot it wins over the image's file */
+    bool owned;      /* the table is what the user wants: at a boot it wins over the image's file */
     bool refreshing; /* it is being read */
     bool unsealed;   /* our update has not been read back: see guest/linux.c */
     bool rereading;  /* for the batch under way, which waits for that */
-    unsigned retries; /* of the batch under way, whose file others have changed */
-    uint64_t used;    /* uv_now() when somebody looked last */
-    uv_timer_t *poll; /* reads again and again while somebody looks */
+    unsigned retries;          /* of the batch under way, whose file others have changed */
+    uint64_t used;             /* uv_now() when somebody looked last */
+    uv_timer_t *poll;          /* reads again and again while somebody looks */
     struct list refresh_waits; /* of vm_wait */
 
     void (*attached)(struct vm *vm, int status); /* not NULL: attaching */
-    bool attach_booted;       /* after a boot, not after a lost connection */
-    bool attach_read;         /* the file has been read */
-    uint64_t sent_generation; /* of the table as it was sent while attaching */
+    bool attach_booted;                          /* after a boot, not after a lost connection */
+    bool attach_read;                            /* the file has been read */
+    uint64_t sent_generation;                    /* of the table as it was sent while attaching */
 
     uint64_t commits, updates; /* counters: what was asked, and rewrites of the guest's file */
 };
@@ -79,7 +79,8 @@ int vars_read(struct vars *vars);
 /* Goes on with attaching, if that is under way. */
 void vars_attach_step(struct vars *vars);
 /* Leaves words about a script that failed (status > 0), and returns the -ERR_… for it. */
-int vars_explain(struct vars *vars, const char *doing, int status, const char *output, size_t length);
+int vars_explain(struct vars *vars, const char *doing, int status, const char *output,
+                 size_t length);
 
 /* Fails what is queued, under way or waiting. */
 void vars_fail_all(struct vars *vars, int status);

@@ -24,13 +24,13 @@
 #define VM_POWERDOWN_MS 10000
 #define VM_QUIT_MS 2000
 
-/* From connect() to the server's first line: short, because a connection that came before the guest's
- * network was up is answered late. */
+/* From connect() to the server's first line: short, because a connection that came before the
+ * guest's network was up is answered late. */
 #define VM_BANNER_MS 1500
 
 static const char *const vm_state_names[] = {
-    [VM_BOOTING] = "booting",   [VM_RUNNING] = "running",         [VM_STOPPING] = "stopping",
-    [VM_STOPPED] = "stopped",   [VM_UNREACHABLE] = "unreachable", [VM_FAILED] = "failed",
+    [VM_BOOTING] = "booting", [VM_RUNNING] = "running",         [VM_STOPPING] = "stopping",
+    [VM_STOPPED] = "stopped", [VM_UNREACHABLE] = "unreachable", [VM_FAILED] = "failed",
 };
 #define VM_STATES (sizeof vm_state_names / sizeof *vm_state_names)
 
@@ -232,8 +232,8 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
             if (was == VM_BOOTING)
                 vm_fail(vm, -ERR_GONE, "%s did not boot: %s; see its console", vm->id, why);
             else
-                vm_fail(vm, -ERR_GONE,
-                        "%s has ended: %s; `echo running > status` starts it again", vm->id, why);
+                vm_fail(vm, -ERR_GONE, "%s has ended: %s; `echo running > status` starts it again",
+                        vm->id, why);
             vm_disconnect(vm, -ERR_GONE, why);
             vm_set_state(vm, VM_FAILED);
         }
@@ -253,10 +253,11 @@ static void vm_boot_failed(struct vm *vm) {
 
 static void vm_boot_overdue(uv_timer_t *timer) {
     struct vm *vm = timer->data;
-    vm_fail(vm, -ERR_TIMED_OUT,
-            "%s could not be reached by SSH within %u s of its boot; see its console, or give it more "
-            "time with -o boot_timeout=SECONDS",
-            vm->id, vm->daemon->settings.boot_timeout / 1000);
+    vm_fail(
+        vm, -ERR_TIMED_OUT,
+        "%s could not be reached by SSH within %u s of its boot; see its console, or give it more "
+        "time with -o boot_timeout=SECONDS",
+        vm->id, vm->daemon->settings.boot_timeout / 1000);
     vm_boot_failed(vm);
 }
 
@@ -293,9 +294,10 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         .vcpus = vm->vcpus ? vm->vcpus : result->image.vcpus,
         .memory = vm->memory ? vm->memory : result->image.memory,
     };
-    int r = socket.failed || boot_args.failed
-                ? -ERR_NO_MEMORY
-                : vm->daemon->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
+    int r =
+        socket.failed || boot_args.failed
+            ? -ERR_NO_MEMORY
+            : vm->daemon->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
     if (r < 0) {
         vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->daemon->backend->name,
                 strerror(-r));

@@ -34,8 +34,8 @@ const char *vm_state_name(enum vm_state state);
 /* -1 for a name that is none. */
 int vm_state_from_name(const char *name, size_t length);
 
-/* Somebody who waits for an answer. done() is called exactly once, unless vm_wait_cancel() comes first. It may be
- * called from inside the function that was given the wait. */
+/* Somebody who waits for an answer. done() is called exactly once, unless vm_wait_cancel() comes
+ * first. It may be called from inside the function that was given the wait. */
 struct vm_wait {
     struct list link;
     int goal; /* of vm_want(): the state that is waited for */
@@ -61,26 +61,26 @@ struct vm {
     struct buf error;      /* the newest failure, a sentence with a newline */
     struct timespec error_time;
 
-    char *dir;    /* its folder in the state directory */
-    char *image;  /* as configured */
-    unsigned vcpus, memory; /* as configured; 0: what the image says */
-    struct vm_boot *boot;   /* preparation under way (vm/boot.c), or NULL */
+    char *dir;                           /* its folder in the state directory */
+    char *image;                         /* as configured */
+    unsigned vcpus, memory;              /* as configured; 0: what the image says */
+    struct vm_boot *boot;                /* preparation under way (vm/boot.c), or NULL */
     struct console_watch *console_watch; /* while booting (vm/console_watch.c), or NULL */
-    struct buf host_key;    /* public key blob that the guest must show */
-    char *user;             /* whom to log in as; of the image */
+    struct buf host_key;                 /* public key blob that the guest must show */
+    char *user;                          /* whom to log in as; of the image */
 
     const struct guest_ops *guest;
     struct guest_facts facts; /* known once the guest has been reached */
-    struct vmm *vmm; /* NULL when nothing runs */
+    struct vmm *vmm;          /* NULL when nothing runs */
     struct vars *vars;
     struct scratches *env_scratch; /* temporary files beside the variables */
     struct scratches *vm_scratch;  /* and beside `environ` */
-    struct control *control;   /* resident shell */
-    struct commands *commands; /* runs commands in the guest */
+    struct control *control;       /* resident shell */
+    struct commands *commands;     /* runs commands in the guest */
 
-    uv_timer_t *timer;     /* boot deadline */
-    bool destroying;       /* rmdir has begun */
-    bool attached;         /* the guest of this boot has been heard: its file is the truth */
+    uv_timer_t *timer; /* boot deadline */
+    bool destroying;   /* rmdir has begun */
+    bool attached;     /* the guest of this boot has been heard: its file is the truth */
     bool saving, save_again;
     struct list end_waits; /* of vm_wait: woken when destroyed */
 };
@@ -92,25 +92,27 @@ RB_PROTOTYPE(vm_index, vm, by_id, vm_compare)
 
 struct vm *vm_find(struct daemon *d, const char *id);
 
-/* Reserves the id, records the VM on disk and starts the boot; returns before anything of that is done but the
- * first. -ERR_INVALID, -ERR_EXISTS, -ERR_NO_ROOM, … */
+/* Reserves the id, records the VM on disk and starts the boot; returns before anything of that is
+ * done but the first. -ERR_INVALID, -ERR_EXISTS, -ERR_NO_ROOM, … */
 int vm_create(struct daemon *d, const char *id, struct vm **ret_vm);
 
-/* Removes the VM from the tree at once, ends its VMM, deletes its files; `wait` (may be NULL) is told when nothing
- * is left. Works in every state and never fails. */
+/* Removes the VM from the tree at once, ends its VMM, deletes its files; `wait` (may be NULL) is
+ * told when nothing is left. Works in every state and never fails. */
 void vm_destroy(struct vm *vm, struct vm_wait *wait);
 
 /* Asks for `running` or `stopped`. `wait` is told when it is so, or why it will not be. -ERR_… and
  * no wait when that cannot be asked for in this state. */
 int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait);
 
-/* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6). */
+/* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6).
+ */
 int vm_check_running(const struct vm *vm);
 
 struct vm *vm_ref(struct vm *vm);
 void vm_unref(struct vm *vm);
 
-/* Leaves a sentence for the user in `error` and the log. Returns `status`, for `return vm_fail(…)`. */
+/* Leaves a sentence for the user in `error` and the log. Returns `status`, for `return vm_fail(…)`.
+ */
 int vm_fail(struct vm *vm, int status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 /* The same without the log, for what may hold secrets; takes the text over. */

@@ -25,10 +25,10 @@
 #include "vmm/usernet.h"
 #include "vmm/vmm.h"
 
-#define QEMU_START_MS 10000  /* until QMP answers */
-#define QEMU_GRACE_MS 1000   /* for an end that has begun, with QMP gone already */
-#define QEMU_RETRY_MS 50     /* between questions for the port */
-#define QEMU_PRESS_MS 2000   /* between presses of the power button */
+#define QEMU_START_MS 10000 /* until QMP answers */
+#define QEMU_GRACE_MS 1000  /* for an end that has begun, with QMP gone already */
+#define QEMU_RETRY_MS 50    /* between questions for the port */
+#define QEMU_PRESS_MS 2000  /* between presses of the power button */
 #define QEMU_GUEST_SSH 22
 
 enum qemu_stage {
@@ -60,7 +60,6 @@ struct qemu {
     const char *shutdown; /* why QEMU ends, as QMP has told it; or NULL */
     char killed_for[200]; /* why it had or will have to be killed; or empty */
 };
-
 
 static struct qemu *qemu_of(const struct vmm *vmm) {
     return (struct qemu *)(void *)vmm;

@@ -59,7 +59,9 @@ int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why) {
         return vmm_find_any(ret_ops, ret_why);
 
     cleanup_buf struct buf names = {0};
-    buf_printf(&names, "there is no backend \"%s\" (-o backend=, or $VMSFS_BACKEND); known are: auto", name);
+    buf_printf(&names,
+               "there is no backend \"%s\" (-o backend=, or $VMSFS_BACKEND); known are: auto",
+               name);
     for (size_t i = 0; i < VMM_BACKENDS; i++) {
         if (strcmp(name, vmm_backends[i].ops->name) == 0) {
             int status = vmm_backend_check(&vmm_backends[i], ret_why);

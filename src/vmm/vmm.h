@@ -7,9 +7,9 @@
 
 /* Virtual machine monitors behind one table of operations (design, section 6: "Backends").
  *
- * A `struct vmm` is one instance: one VM in one VMM. The VM layer owns it, from create() or adopt() to
- * release(). All functions are called in the loop's thread and never block; callbacks are never called
- * from inside the function that caused them. */
+ * A `struct vmm` is one instance: one VM in one VMM. The VM layer owns it, from create() or adopt()
+ * to release(). All functions are called in the loop's thread and never block; callbacks are never
+ * called from inside the function that caused them. */
 
 struct vmm;
 
@@ -30,9 +30,9 @@ struct vmm_config {
 struct vmm_events {
     /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
     void (*ready)(void *arg);
-    /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not released
-     * before. `powered_off`: the guest has done so itself, in order. `why` is a sentence for the user, with the
-     * VMM's own last words where there are some. */
+    /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not
+     * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence
+     * for the user, with the VMM's own last words where there are some. */
     void (*exited)(void *arg, bool powered_off, const char *why);
 };
 
@@ -45,12 +45,13 @@ struct vmm_endpoint {
 struct vmm_ops {
     const char *name; /* as in `config/backend` */
 
-    /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names what is
-     * missing and the remedy (the caller frees it; also set on success, to say what was found, such as
-     * "QEMU 7.2 without KVM"). Synchronous; called before anything is mounted. */
+    /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names
+     * what is missing and the remedy (the caller frees it; also set on success, to say what was
+     * found, such as "QEMU 7.2 without KVM"). Synchronous; called before anything is mounted. */
     int (*check)(char **ret_why);
 
-    /* Spawns the VMM for a new boot of the guest. Errors that are known at once come back as -errno. */
+    /* Spawns the VMM for a new boot of the guest. Errors that are known at once come back as
+     * -errno. */
     int (*create)(uv_loop_t *loop, const struct vmm_config *config, const struct vmm_events *events,
                   void *arg, struct vmm **ret_vmm);
 
@@ -59,11 +60,12 @@ struct vmm_ops {
     int (*adopt)(uv_loop_t *loop, const struct vmm_config *config, const json_t *saved,
                  const struct vmm_events *events, void *arg, struct vmm **ret_vmm);
 
-    /* What a later daemon needs for adopt(); the caller owns it. NULL while there is nothing to adopt. */
+    /* What a later daemon needs for adopt(); the caller owns it. NULL while there is nothing to
+     * adopt. */
     json_t *(*save)(const struct vmm *vmm);
 
-    /* Asks the guest to power down; after `powerdown_ms` the VMM to quit; after `quit_ms` more it is
-     * killed. The end is told by exited(). Calling it again, or kill() later, is allowed. */
+    /* Asks the guest to power down; after `powerdown_ms` the VMM to quit; after `quit_ms` more it
+     * is killed. The end is told by exited(). Calling it again, or kill() later, is allowed. */
     void (*stop)(struct vmm *vmm, unsigned powerdown_ms, unsigned quit_ms);
 
     /* SIGKILL, now. The end is told by exited(). */
