@@ -139,11 +139,13 @@ class Client:
         """The letter of ps: S or D while it waits; None when it has ended."""
         return process_state(self.process.pid)
 
-    def waits(self, what="file system", seconds=10):
+    def waits(self, what="file system", seconds=10, or_ends=False):
         """Until it is blocked in a request to the mount: one and the same system call, for a while."""
         since = {}
 
         def blocked():
+            if or_ends and self.process.poll() is not None:
+                return True
             for pid in session_pids(self.process.pid):
                 call = blocked_call(pid)
                 first, start = since.get(pid, (None, 0))

@@ -110,7 +110,7 @@ static void env_unlink(struct node *dir, const char *name, struct request *rq) {
         return;
     }
     struct var_change unset = {.name = name};
-    env_commit(dir, NULL, &unset, 1, -1, rq);
+    env_commit(dir, &unset, 1, env_answer_plain, NULL, rq);
 }
 
 static void env_rmdir(struct node *dir, const char *name, struct request *rq) {

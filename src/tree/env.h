@@ -1,11 +1,8 @@
 #pragma once
 
+#include "tree/guest_wait.h"
 #include "tree/node.h"
 #include "vm/vars.h"
-
-/* A request may queue behind an update that is itself waiting for its deadline; it ends a little
- * later, so that the better of the two explanations is given. */
-#define ENV_GRACE_MS 250
 
 /* ID/env/: a directory of variables (tree/env.c), and one of them (tree/env_key.c). */
 
@@ -18,6 +15,7 @@ struct env_handle {
     bool creating;      /* it made the name: vars_uncreate() at the end */
     bool truncating;    /* emptied, and nothing committed since */
     bool wrote;         /* a first WRITE has been committed, or refused */
+    size_t writing;     /* bytes of the WRITE that waits for its verdict */
     bool dirty;         /* changed since the last commit */
 };
 
@@ -27,7 +25,7 @@ struct env_handle *env_handle_create(struct node *node, int flags);
 void env_rename(struct node *dir, const char *name, struct node *new_dir, const char *new_name,
                 unsigned flags, struct request *rq);
 
-/* Parks `rq` until the commit of `changes` has its verdict. On success it answers with `written`
- * bytes, or with plain success when that is negative. `h` (may be NULL) learns the verdict. */
-void env_commit(struct node *node, struct env_handle *h, const struct var_change *changes,
-                size_t count, ssize_t written, struct request *rq);
+/* Commits changes of the VM's variables for a request whose answer is plain success or not. */
+void env_commit(struct node *node, const struct var_change *changes, size_t count,
+                guest_answer *answer, void *arg, struct request *rq);
+void env_answer_plain(void *arg, int status, struct request *rq);

@@ -77,89 +77,51 @@ struct env_handle *env_handle_create(struct node *node, int flags) {
     return h;
 }
 
-/* A commit that somebody waits for. */
-struct env_wait {
-    struct vm_wait wait;
-    struct request *rq;
-    struct node *node; /* a reference; held */
-    struct env_handle *h;
-    ssize_t written;
-};
-
-static void env_wait_end(struct env_wait *w, int status) {
-    struct request *rq = w->rq;
-    ssize_t written = w->written;
-    if (w->h && status < 0) {
-        env_handle_load(w->h);
-        w->h->dirty = false;
-    }
-    w->node->held--;
-    node_unref(w->node);
-    free(w);
-    if (status == 0 && written >= 0)
-        request_answer_written(rq, (size_t)written);
-    else
-        request_answer(rq, status);
+void env_answer_plain(void *arg, int status, struct request *rq) {
+    (void)arg;
+    request_answer(rq, status);
 }
 
-static void env_wait_done(struct vm_wait *wait, int status) {
-    env_wait_end(LIST_OWNER(wait, struct env_wait, wait), status);
-}
-
-static void env_wait_cancel(struct request *rq, int status, void *arg) {
-    struct env_wait *w = arg;
-    (void)rq;
-    vm_wait_cancel(&w->wait);
-    if (status == -ERR_TIMED_OUT)
-        vm_fail(w->node->vm, status, "env/%s: the guest has not answered for %u ms", w->node->name,
-                w->node->daemon->settings.timeout);
-    env_wait_end(w, status);
-}
-
-void env_commit(struct node *node, struct env_handle *h, const struct var_change *changes,
-                size_t count, ssize_t written, struct request *rq) {
-    struct env_wait *w = calloc(1, sizeof *w);
-    if (!w) {
-        request_answer(rq, -ERR_NO_MEMORY);
-        return;
-    }
-    w->wait.done = env_wait_done;
-    list_init(&w->wait.link);
-    w->rq = rq;
-    w->node = node_ref(node);
-    node->held++;
-    w->h = h;
-    w->written = written;
-    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, env_wait_cancel, w);
-    int r = vars_commit(node->vm->vars, changes, count, &w->wait);
+void env_commit(struct node *node, const struct var_change *changes, size_t count,
+                guest_answer *answer, void *arg, struct request *rq) {
+    struct vm_wait *wait = guest_wait(node, node->name, answer, arg, rq);
+    int r = wait ? vars_commit(node->vm->vars, changes, count, wait) : 0;
     if (r < 0)
-        env_wait_end(w, r);
+        guest_wait_settle(wait, r);
 }
 
-static void env_handle_commit(struct env_handle *h, ssize_t written, struct request *rq) {
+/* The verdict on what a handle has committed: by a WRITE of h->writing bytes, or by FLUSH or FSYNC.
+ */
+static void env_handle_verdict(void *arg, int status, struct request *rq) {
+    struct env_handle *h = arg;
+    if (status < 0) {
+        env_handle_load(h);
+        h->dirty = false;
+        request_answer(rq, status);
+    } else if (h->writing) {
+        request_answer_written(rq, h->writing);
+    } else {
+        request_answer(rq, 0);
+    }
+}
+
+static void env_handle_commit(struct env_handle *h, size_t writing, struct request *rq) {
     struct node *node = h->handle.node;
     struct var_change set = {.name = node->name,
                              .bytes = h->content.data ? h->content.data : "",
                              .length = h->content.len};
     h->wrote = true;
     h->dirty = false;
+    h->writing = writing;
     env_handle_untruncate(h);
-    env_commit(node, h, &set, 1, written, rq);
+    env_commit(node, &set, 1, env_handle_verdict, h, rq);
 }
-
-/* An open that needs the guest's newest word first. */
-struct env_open {
-    struct vm_wait wait;
-    struct request *rq;
-    struct env_handle *h;
-};
 
 static void env_key_release(struct handle *handle);
 
-static void env_open_end(struct env_open *o, int status) {
-    struct env_handle *h = o->h;
-    struct request *rq = o->rq;
-    free(o);
+/* An open that has waited for the guest's newest word. */
+static void env_open_answer(void *arg, int status, struct request *rq) {
+    struct env_handle *h = arg;
     if (status == 0 && !env_key_var(h->handle.node))
         status = -ERR_STALE; /* unset in the guest meanwhile: the kernel looks it up again */
     if (status < 0) {
@@ -171,17 +133,6 @@ static void env_open_end(struct env_open *o, int status) {
     request_answer_opened(rq, &h->handle);
 }
 
-static void env_open_done(struct vm_wait *wait, int status) {
-    env_open_end(LIST_OWNER(wait, struct env_open, wait), status);
-}
-
-static void env_open_cancel(struct request *rq, int status, void *arg) {
-    struct env_open *o = arg;
-    (void)rq;
-    vm_wait_cancel(&o->wait);
-    env_open_end(o, status);
-}
-
 static void env_key_open(struct node *node, int flags, struct request *rq) {
     if (node->vm->gone || !env_key_var(node)) {
         /* The kernel may keep the name for a moment after it has gone; told this, it looks again.
@@ -189,27 +140,20 @@ static void env_key_open(struct node *node, int flags, struct request *rq) {
         request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_STALE);
         return;
     }
-    struct env_open *o = calloc(1, sizeof *o);
-    struct env_handle *h = o ? env_handle_new(node, flags) : NULL;
+    struct env_handle *h = env_handle_new(node, flags);
     if (!h) {
-        free(o);
         request_answer(rq, -ERR_NO_MEMORY);
         return;
     }
     if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY) {
-        free(o);
         env_handle_truncate(h);
         request_answer_opened(rq, &h->handle);
         return;
     }
-    o->wait.done = env_open_done;
-    list_init(&o->wait.link);
-    o->rq = rq;
-    o->h = h;
-    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, env_open_cancel, o);
-    int r = vars_refresh(node->vm->vars, &o->wait);
+    struct vm_wait *wait = guest_wait(node, node->name, env_open_answer, h, rq);
+    int r = wait ? vars_refresh(node->vm->vars, wait) : 0;
     if (r != 0)
-        env_open_end(o, r < 0 ? r : 0);
+        guest_wait_settle(wait, r < 0 ? r : 0);
 }
 
 static void env_key_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
@@ -261,7 +205,7 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
     }
     memcpy(h->content.data + offset, data, length);
     if (!h->wrote) {
-        env_handle_commit(h, (ssize_t)length, rq);
+        env_handle_commit(h, length, rq);
         return;
     }
     h->dirty = true;
@@ -271,7 +215,7 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
 static void env_key_flush(struct handle *handle, struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
     if (h->dirty)
-        env_handle_commit(h, -1, rq);
+        env_handle_commit(h, 0, rq);
     else
         request_answer(rq, 0);
 }
@@ -279,7 +223,7 @@ static void env_key_flush(struct handle *handle, struct request *rq) {
 static void env_key_fsync(struct handle *handle, struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
     if (h->dirty || ((h->truncating || h->creating) && !h->wrote))
-        env_handle_commit(h, -1, rq);
+        env_handle_commit(h, 0, rq);
     else
         request_answer(rq, 0);
 }
@@ -362,7 +306,7 @@ static void env_key_set_size(struct node *node, struct env_handle *h, off_t size
         return;
     }
     struct var_change set = {.name = node->name, .bytes = var->bytes, .length = (size_t)size};
-    env_commit(node, NULL, &set, 1, -1, rq);
+    env_commit(node, &set, 1, env_answer_plain, NULL, rq);
 }
 
 static void env_key_setattr(struct node *node, struct handle *handle, const struct stat *want,

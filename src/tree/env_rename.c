@@ -33,9 +33,7 @@ struct env_side {
 };
 
 struct env_rename {
-    struct vm_wait wait;
-    struct request *rq;
-    struct node *dir; /* a reference; held */
+    struct node *dir; /* a reference */
     bool exchange;
     struct env_side from, to;
 };
@@ -132,33 +130,18 @@ static void env_rename_settle(struct env_rename *r) {
 }
 
 static void env_rename_free(struct env_rename *r) {
-    r->dir->held--;
     node_unref(r->dir);
     env_side_free(&r->from);
     env_side_free(&r->to);
     free(r);
 }
 
-static void env_rename_end(struct env_rename *r, int status) {
-    struct request *rq = r->rq;
+static void env_rename_answer(void *arg, int status, struct request *rq) {
+    struct env_rename *r = arg;
     if (status == 0)
         env_rename_settle(r);
     env_rename_free(r);
     request_answer(rq, status);
-}
-
-static void env_rename_done(struct vm_wait *wait, int status) {
-    env_rename_end(LIST_OWNER(wait, struct env_rename, wait), status);
-}
-
-static void env_rename_cancel(struct request *rq, int status, void *arg) {
-    struct env_rename *r = arg;
-    (void)rq;
-    vm_wait_cancel(&r->wait);
-    if (status == -ERR_TIMED_OUT)
-        vm_fail(r->dir->vm, status, "env: renaming %s to %s: the guest has not answered for %u ms",
-                r->from.name, r->to.name, r->dir->daemon->settings.timeout);
-    env_rename_end(r, status);
 }
 
 /* What rename(2) forbids, and what has no meaning here. */
@@ -179,7 +162,7 @@ static int env_rename_check(struct node *dir, const struct env_rename *r, unsign
     return 0;
 }
 
-static void env_rename_commit(struct env_rename *r) {
+static void env_rename_commit(struct env_rename *r, struct request *rq) {
     struct var_change changes[2];
     size_t count = 0;
     const char *from = r->from.content.data ? r->from.content.data : "";
@@ -191,11 +174,7 @@ static void env_rename_commit(struct env_rename *r) {
     if (r->to.is_key)
         changes[count++] =
             (struct var_change){.name = r->to.name, .bytes = from, .length = r->from.content.len};
-    struct daemon *d = r->dir->daemon;
-    request_wait(r->rq, d->settings.timeout + ENV_GRACE_MS, env_rename_cancel, r);
-    int status = vars_commit(r->dir->vm->vars, changes, count, &r->wait);
-    if (status < 0)
-        env_rename_end(r, status);
+    env_commit(r->dir, changes, count, env_rename_answer, r, rq);
 }
 
 void env_rename(struct node *dir, const char *name, struct node *new_dir, const char *new_name,
@@ -210,11 +189,7 @@ void env_rename(struct node *dir, const char *name, struct node *new_dir, const 
         request_answer(rq, -ERR_NO_MEMORY);
         return;
     }
-    r->wait.done = env_rename_done;
-    list_init(&r->wait.link);
-    r->rq = rq;
     r->dir = node_ref(dir);
-    dir->held++;
     r->exchange = flags & RENAME_EXCHANGE;
     int status = vm->gone ? -ERR_GONE : env_side_take(vm, name, &r->from);
     if (status == 0)
@@ -227,7 +202,7 @@ void env_rename(struct node *dir, const char *name, struct node *new_dir, const 
         return;
     }
     if (r->from.is_key || r->to.is_key) {
-        env_rename_commit(r);
+        env_rename_commit(r, rq);
         return;
     }
     struct scratch *scratch = scratch_ref(r->from.scratch);

@@ -20,14 +20,16 @@
  * ends at a multiple of 4 KiB and in the middle of a line waits for the rest, until FLUSH. */
 
 #define ENVIRON_BLOCK 4096
-#define ENVIRON_LIMIT (8 << 20) /* bytes of text: quoting and comments come on top of VARS_LIMIT   \
-                                 */
+#define ENVIRON_LIMIT                                                                              \
+    (8 << 20) /* bytes of text: quoting and comments come on top of VARS_LIMIT                     \
+               */
 
 struct environ_handle {
     struct handle handle;
     struct buf content;  /* the file; of `>>` what has been appended */
     struct buf snapshot; /* what is read */
     bool truncating, wrote, dirty;
+    size_t writing;
 };
 
 /* What a text says. */
@@ -106,89 +108,42 @@ static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_written(node->vm->vars);
 }
 
-/* A commit that somebody waits for. */
-struct environ_wait {
-    struct vm_wait wait;
-    struct request *rq;
-    struct node *node;        /* a reference; held */
-    struct environ_handle *h; /* of a line that FLUSH is to follow; else NULL */
-    ssize_t written;          /* -1: plain success */
-    /* Of a rename. */
+/* Takes the changes over; `arg` as for guest_wait(). */
+static void environ_commit(struct node *node, struct environ_changes *all, bool merge,
+                           guest_answer *answer, void *arg, struct request *rq) {
+    struct vars *vars = node->vm->vars;
+    struct vm_wait *wait = guest_wait(node, "environ", answer, arg, rq);
+    int r = 0;
+    if (wait)
+        r = merge ? vars_commit(vars, all->changes, all->count, wait)
+                  : vars_replace(vars, all->changes, all->count, wait);
+    if (r < 0)
+        guest_wait_settle(wait, r);
+    environ_changes_free(all);
+}
+
+/* A rename of scratch onto environ. */
+struct environ_rename {
+    struct node *dir;        /* a reference */
     struct scratch *scratch; /* a reference */
     const struct node_row *row;
 };
 
-static void environ_settle_rename(struct environ_wait *w) {
-    struct node *dir = w->node;
-    const char *name = w->scratch->name;
-    node_move_child(dir, name, w->row->name);
-    struct node *node = node_find_child(dir, w->row->name);
-    if (node) {
-        node_set_kind(node, &environ_ops, NULL);
-        node->row = w->row;
+static void environ_rename_answer(void *arg, int status, struct request *rq) {
+    struct environ_rename *r = arg;
+    if (status == 0 && r->scratch->table) {
+        node_move_child(r->dir, r->scratch->name, r->row->name);
+        struct node *node = node_find_child(r->dir, r->row->name);
+        if (node) {
+            node_set_kind(node, &environ_ops, NULL);
+            node->row = r->row;
+        }
+        scratch_remove(r->scratch);
     }
-    scratch_remove(w->scratch);
-}
-
-static void environ_wait_end(struct environ_wait *w, int status) {
-    struct request *rq = w->rq;
-    ssize_t written = w->written;
-    if (w->scratch && status == 0 && w->scratch->table)
-        environ_settle_rename(w);
-    if (w->scratch)
-        scratch_unref(w->scratch);
-    if (w->h && status < 0)
-        w->h->dirty = false;
-    w->node->held--;
-    node_unref(w->node);
-    free(w);
-    if (status == 0 && written >= 0)
-        request_answer_written(rq, (size_t)written);
-    else
-        request_answer(rq, status);
-}
-
-static void environ_wait_done(struct vm_wait *wait, int status) {
-    environ_wait_end(LIST_OWNER(wait, struct environ_wait, wait), status);
-}
-
-static void environ_wait_cancel(struct request *rq, int status, void *arg) {
-    struct environ_wait *w = arg;
-    (void)rq;
-    vm_wait_cancel(&w->wait);
-    if (status == -ERR_TIMED_OUT)
-        vm_fail(w->node->vm, status, "environ: the guest has not answered for %u ms",
-                w->node->daemon->settings.timeout);
-    environ_wait_end(w, status);
-}
-
-/* Takes over the reference on `scratch` (NULL: no rename). */
-static void environ_commit(struct node *node, struct environ_handle *h,
-                           const struct environ_changes *all, bool merge, ssize_t written,
-                           struct scratch *scratch, const struct node_row *row,
-                           struct request *rq) {
-    struct environ_wait *w = calloc(1, sizeof *w);
-    if (!w) {
-        if (scratch)
-            scratch_unref(scratch);
-        request_answer(rq, -ERR_NO_MEMORY);
-        return;
-    }
-    w->wait.done = environ_wait_done;
-    list_init(&w->wait.link);
-    w->rq = rq;
-    w->node = node_ref(node);
-    node->held++;
-    w->h = h;
-    w->written = written;
-    w->scratch = scratch;
-    w->row = row;
-    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, environ_wait_cancel, w);
-    struct vars *vars = node->vm->vars;
-    int r = merge ? vars_commit(vars, all->changes, all->count, &w->wait)
-                  : vars_replace(vars, all->changes, all->count, &w->wait);
-    if (r < 0)
-        environ_wait_end(w, r);
+    scratch_unref(r->scratch);
+    node_unref(r->dir);
+    free(r);
+    request_answer(rq, status);
 }
 
 void environ_take_scratch(struct node *dir, struct scratch *scratch, const struct node_row *row,
@@ -196,31 +151,54 @@ void environ_take_scratch(struct node *dir, struct scratch *scratch, const struc
     struct environ_changes all = {0};
     bool cut;
     const struct buf *text = &scratch->content;
-    int r = environ_parse(dir->vm, text->data ? text->data : "", text->len, false, &all, &cut);
-    if (r < 0)
+    struct environ_rename *rename = malloc(sizeof *rename);
+    int r = rename
+                ? environ_parse(dir->vm, text->data ? text->data : "", text->len, false, &all, &cut)
+                : -ERR_NO_MEMORY;
+    if (r < 0) {
+        free(rename);
+        environ_changes_free(&all);
         request_answer(rq, r);
-    else
-        environ_commit(dir, NULL, &all, false, -1, scratch_ref(scratch), row, rq);
-    environ_changes_free(&all);
+        return;
+    }
+    *rename = (struct environ_rename){node_ref(dir), scratch_ref(scratch), row};
+    environ_commit(dir, &all, false, environ_rename_answer, rename, rq);
 }
 
 static bool environ_appends(const struct environ_handle *h) {
     return h->handle.flags & O_APPEND;
 }
 
-/* Commits what the handle holds. */
-static void environ_handle_commit(struct environ_handle *h, ssize_t written, struct request *rq) {
+/* The verdict on what a handle has committed: by a WRITE of h->writing bytes, or by FLUSH or FSYNC.
+ */
+static void environ_verdict(void *arg, int status, struct request *rq) {
+    struct environ_handle *h = arg;
+    if (status < 0)
+        h->dirty = false;
+    if (status == 0 && h->writing)
+        request_answer_written(rq, h->writing);
+    else
+        request_answer(rq, status);
+}
+
+/* Commits what the handle holds. `merge`: variables that it does not name stay. */
+static void environ_handle_commit(struct environ_handle *h, bool merge, size_t writing,
+                                  struct request *rq) {
     struct environ_changes all = {0};
     bool cut;
     const char *text = h->content.data ? h->content.data : "";
     h->wrote = true;
     h->dirty = h->truncating = false;
+    h->writing = writing;
     int r = environ_parse(h->handle.node->vm, text, h->content.len, false, &all, &cut);
-    if (r < 0)
+    if (r < 0) {
+        environ_changes_free(&all);
         request_answer(rq, r);
-    else
-        environ_commit(h->handle.node, NULL, &all, environ_appends(h), written, NULL, NULL, rq);
-    environ_changes_free(&all);
+        return;
+    }
+    /* A first line that is merged is followed by the rest at FLUSH. */
+    h->dirty = merge && !environ_appends(h);
+    environ_commit(h->handle.node, &all, merge, environ_verdict, h, rq);
 }
 
 static int environ_load(struct environ_handle *h) {
@@ -239,16 +217,8 @@ static void environ_free(struct environ_handle *h) {
     free(h);
 }
 
-struct environ_open {
-    struct vm_wait wait;
-    struct request *rq;
-    struct environ_handle *h;
-};
-
-static void environ_open_end(struct environ_open *o, int status) {
-    struct environ_handle *h = o->h;
-    struct request *rq = o->rq;
-    free(o);
+static void environ_open_answer(void *arg, int status, struct request *rq) {
+    struct environ_handle *h = arg;
     if (status == 0)
         status = environ_load(h);
     if (status < 0) {
@@ -259,41 +229,23 @@ static void environ_open_end(struct environ_open *o, int status) {
     }
 }
 
-static void environ_open_done(struct vm_wait *wait, int status) {
-    environ_open_end(LIST_OWNER(wait, struct environ_open, wait), status);
-}
-
-static void environ_open_cancel(struct request *rq, int status, void *arg) {
-    struct environ_open *o = arg;
-    (void)rq;
-    vm_wait_cancel(&o->wait);
-    environ_open_end(o, status);
-}
-
 static void environ_open(struct node *node, int flags, struct request *rq) {
     struct environ_handle *h = calloc(1, sizeof *h);
-    struct environ_open *o = calloc(1, sizeof *o);
-    if (!h || !o || node->vm->gone) {
+    if (!h || node->vm->gone) {
         free(h);
-        free(o);
         request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_NO_MEMORY);
         return;
     }
     handle_init(&h->handle, node, flags);
     if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY) {
-        free(o);
         h->truncating = true;
         request_answer_opened(rq, &h->handle);
         return;
     }
-    o->wait.done = environ_open_done;
-    list_init(&o->wait.link);
-    o->rq = rq;
-    o->h = h;
-    request_wait(rq, node->daemon->settings.timeout + ENV_GRACE_MS, environ_open_cancel, o);
-    int r = vars_refresh(node->vm->vars, &o->wait);
+    struct vm_wait *wait = guest_wait(node, "environ", environ_open_answer, h, rq);
+    int r = wait ? vars_refresh(node->vm->vars, wait) : 0;
     if (r != 0)
-        environ_open_end(o, r < 0 ? r : 0);
+        guest_wait_settle(wait, r < 0 ? r : 0);
 }
 
 static void environ_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
@@ -316,26 +268,6 @@ static int environ_patch(struct environ_handle *h, const char *data, size_t leng
         memcpy(h->content.data + offset, data, over);
     buf_append(&h->content, data + over, length - over);
     return h->content.failed;
-}
-
-static bool environ_is_one_line(const char *data, size_t length) {
-    return length > 0 && memchr(data, '\n', length) == data + length - 1;
-}
-
-/* A shell's echo or printf writes line by line. Were all other variables gone with the first of
- * many lines, the guest would miss them for a moment, and for good when a later line is bad. So a
- * first WRITE of a single line is merged, for its verdict, and FLUSH replaces the rest. */
-static void environ_commit_line(struct environ_handle *h, ssize_t written, struct request *rq) {
-    struct environ_changes all = {0};
-    bool cut;
-    int r = environ_parse(h->handle.node->vm, h->content.data, h->content.len, false, &all, &cut);
-    h->wrote = h->dirty = true;
-    h->truncating = false;
-    if (r < 0)
-        request_answer(rq, r);
-    else
-        environ_commit(h->handle.node, h, &all, true, written, NULL, NULL, rq);
-    environ_changes_free(&all);
 }
 
 static void environ_write(struct handle *handle, const char *data, size_t length, off_t offset,
@@ -361,10 +293,13 @@ static void environ_write(struct handle *handle, const char *data, size_t length
     }
     bool in_a_line = block && length > 0 && h->content.data[h->content.len - 1] != '\n';
     bool first = !h->wrote && !h->dirty && !cut && !in_a_line;
-    if (first && !environ_appends(h) && environ_is_one_line(data, length)) {
-        environ_commit_line(h, (ssize_t)length, rq);
-    } else if (first) {
-        environ_handle_commit(h, (ssize_t)length, rq);
+    if (first) {
+        /* A shell's echo or printf writes line by line. Were all other variables gone with the
+         * first of many lines, the guest would miss them for a moment, and for good when a later
+         * line is bad. So a first WRITE of a single line is merged, for its verdict, and FLUSH
+         * replaces the rest. */
+        bool one_line = memchr(data, '\n', length) == data + length - 1;
+        environ_handle_commit(h, environ_appends(h) || one_line, length, rq);
     } else {
         h->dirty = true;
         request_answer_written(rq, length);
@@ -374,7 +309,7 @@ static void environ_write(struct handle *handle, const char *data, size_t length
 static void environ_flush(struct handle *handle, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
     if (h->dirty)
-        environ_handle_commit(h, -1, rq);
+        environ_handle_commit(h, environ_appends(h), 0, rq);
     else
         request_answer(rq, 0);
 }
@@ -382,7 +317,7 @@ static void environ_flush(struct handle *handle, struct request *rq) {
 static void environ_fsync(struct handle *handle, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
     if (h->dirty || (h->truncating && !h->wrote))
-        environ_handle_commit(h, -1, rq);
+        environ_handle_commit(h, environ_appends(h), 0, rq);
     else
         request_answer(rq, 0);
 }
@@ -410,7 +345,7 @@ static void environ_setattr(struct node *node, struct handle *handle, const stru
             h->dirty = true;
         request_answer_attr(rq, node);
     } else if (!h && want->st_size == 0) {
-        environ_commit(node, NULL, &none, false, -1, NULL, NULL, rq);
+        environ_commit(node, &none, false, env_answer_plain, NULL, rq);
     } else {
         request_answer(rq, -ERR_INVALID);
     }

@@ -51,6 +51,7 @@ struct node *scratch_node(struct node *dir, struct scratch *scratch) {
 struct scratch_handle {
     struct handle handle;
     struct scratch *scratch; /* a reference */
+    size_t writing;          /* bytes of a WRITE that waits for its verdict */
 };
 
 static struct scratch_handle *scratch_handle_new(struct node *node, int flags) {
@@ -175,6 +176,14 @@ static int scratch_explain(struct node *node, int status) {
     return status;
 }
 
+static void scratch_written(void *arg, int status, struct request *rq) {
+    struct scratch_handle *h = arg;
+    if (status < 0)
+        request_answer(rq, status);
+    else
+        request_answer_written(rq, h->writing);
+}
+
 static void scratch_write_file(struct handle *handle, const char *data, size_t length, off_t offset,
                                struct request *rq) {
     struct scratch *scratch = ((struct scratch_handle *)handle)->scratch;
@@ -186,7 +195,8 @@ static void scratch_write_file(struct handle *handle, const char *data, size_t l
         struct var_change set = {.name = node->name,
                                  .bytes = scratch->content.data ? scratch->content.data : "",
                                  .length = scratch->content.len};
-        env_commit(node, NULL, &set, 1, (ssize_t)length, rq);
+        ((struct scratch_handle *)handle)->writing = length;
+        env_commit(node, &set, 1, scratch_written, handle, rq);
         return;
     }
     if (r < 0)

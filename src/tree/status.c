@@ -1,6 +1,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tree/guest_wait.h"
 #include "tree/text.h"
 #include "tree/tree.h"
 #include "util/errors.h"
@@ -34,34 +35,11 @@ static void status_open(struct node *node, int flags, struct request *rq) {
     request_answer_opened(rq, &h->handle);
 }
 
-struct status_wait {
-    struct vm_wait wait;
-    struct request *rq;
-    struct node *node; /* a reference; held */
-    size_t length;
-};
-
-static void status_wait_end(struct status_wait *w, int status) {
-    struct request *rq = w->rq;
-    size_t length = w->length;
-    w->node->held--;
-    node_unref(w->node);
-    free(w);
+static void status_reached(void *arg, int status, struct request *rq) {
     if (status < 0)
         request_answer(rq, status);
     else
-        request_answer_written(rq, length);
-}
-
-static void status_reached(struct vm_wait *wait, int status) {
-    status_wait_end(LIST_OWNER(wait, struct status_wait, wait), status);
-}
-
-static void status_cancel(struct request *rq, int status, void *arg) {
-    struct status_wait *w = arg;
-    (void)rq;
-    vm_wait_cancel(&w->wait);
-    status_wait_end(w, status);
+        request_answer_written(rq, (size_t)(uintptr_t)arg);
 }
 
 static void status_write(struct handle *handle, const char *data, size_t length, off_t offset,
@@ -79,22 +57,12 @@ static void status_write(struct handle *handle, const char *data, size_t length,
                                    word));
         return;
     }
-    struct status_wait *w = calloc(1, sizeof *w);
-    if (!w) {
-        request_answer(rq, -ERR_NO_MEMORY);
-        return;
-    }
-    w->wait.done = status_reached;
-    list_init(&w->wait.link);
-    w->rq = rq;
-    w->length = length;
-    w->node = node_ref(handle->node);
-    w->node->held++;
     /* A change of state has deadlines of its own: those of the boot, and of each step of a stop. */
-    request_wait(rq, 0, status_cancel, w);
-    int r = vm_want(vm, (enum vm_state)state, &w->wait);
+    struct vm_wait *wait =
+        guest_wait(handle->node, NULL, status_reached, (void *)(uintptr_t)length, rq);
+    int r = wait ? vm_want(vm, (enum vm_state)state, wait) : 0;
     if (r < 0)
-        status_wait_end(w, r);
+        guest_wait_settle(wait, r);
 }
 
 const struct node_ops status_ops = {

@@ -296,10 +296,18 @@ bool vars_are_owned(const struct vars *vars) {
     return vars->owned || vars_disk_batch(vars);
 }
 
-int vars_each(const struct vars *vars,
+int vars_each(struct vars *vars,
               int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
               void *arg) {
-    return vars_walk(vars, NULL, visit, arg);
+    struct var *var;
+    int r = 0;
+    RB_FOREACH(var, var_index, &vars->index) {
+        bool empty = var->truncated || !var->set; /* as it reads */
+        r = visit(arg, var->name, empty ? "" : var->bytes, empty ? 0 : var->length);
+        if (r < 0)
+            break;
+    }
+    return r;
 }
 
 int vars_load(struct vars *vars, const json_t *saved, bool owned) {

@@ -85,8 +85,8 @@ int vars_commit(struct vars *vars, const struct var_change *changes, size_t coun
 int vars_replace(struct vars *vars, const struct var_change *changes, size_t count,
                  struct vm_wait *wait);
 
-/* Visits every variable that is set, in order. A negative return ends it and is returned. */
-int vars_each(const struct vars *vars,
+/* Visits every variable in order, as it reads now. A negative return ends it and is returned. */
+int vars_each(struct vars *vars,
               int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
               void *arg);
 
