@@ -180,11 +180,11 @@ def session_pids(leader):
 
 
 def blocked_call(pid):
-    """The system call, with its arguments, in which a process waits for an answer to a FUSE request, or for the lock
-    of an inode that such a request holds; or None."""
+    """The system call, with its arguments, in which a process waits for an answer to a FUSE request, or (state D) for
+    the lock of an inode that such a request holds; or None."""
     try:
-        wchan = read(f"/proc/{pid}/wchan")
-        return read(f"/proc/{pid}/syscall") if "request_wait" in wchan or "rwsem_" in wchan else None
+        waits = "request_wait" in read(f"/proc/{pid}/wchan") or process_state(pid) == "D"
+        return read(f"/proc/{pid}/syscall") if waits else None
     except OSError:
         return None
 

@@ -14,6 +14,7 @@
 #include "util/fs.h"
 #include "util/log.h"
 #include "vm/command.h"
+#include "vm/console.h"
 #include "vm/control.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -132,6 +133,26 @@ static void daemon_clear_one(struct daemon *d, const char *path) {
         fs_remove_all(path);
 }
 
+#define HOUSEKEEPING_MS 5000
+
+static void daemon_keep_house(uv_timer_t *timer) {
+    struct daemon *d = timer->data;
+    struct vm *vm;
+    RB_FOREACH(vm, vm_index, &d->vms) {
+        if (vm->vmm)
+            console_bound(vm);
+    }
+}
+
+static int daemon_start_housekeeping(struct daemon *d) {
+    d->housekeeping = malloc(sizeof *d->housekeeping);
+    if (!d->housekeeping)
+        return -ENOMEM;
+    uv_timer_init(d->loop, d->housekeeping);
+    d->housekeeping->data = d;
+    return uv_timer_start(d->housekeeping, daemon_keep_house, HOUSEKEEPING_MS, HOUSEKEEPING_MS);
+}
+
 int daemon_open(struct daemon *d, char **ret_why) {
     RB_INIT(&d->vms);
     d->lock_fd = -1;
@@ -151,7 +172,7 @@ int daemon_open(struct daemon *d, char **ret_why) {
         r = daemon_each(d, "vms", daemon_load_one, ret_why);
     if (r == 0)
         r = daemon_each(d, "trash", daemon_clear_one, ret_why);
-    return r;
+    return r < 0 ? r : daemon_start_housekeeping(d);
 }
 
 bool daemon_is_settled(const struct daemon *d) {
@@ -172,6 +193,9 @@ void daemon_destroy_all(struct daemon *d) {
 
 void daemon_close(struct daemon *d) {
     struct vm *vm;
+    if (d->housekeeping)
+        uv_close((uv_handle_t *)d->housekeeping, (uv_close_cb)free);
+    d->housekeeping = NULL;
     while ((vm = RB_MIN(vm_index, &d->vms))) {
         RB_REMOVE(vm_index, &d->vms, vm);
         vm_release(vm);

@@ -12,7 +12,7 @@
 #include "util/log.h"
 #include "vm/boot.h"
 #include "vm/command.h"
-#include "vm/console_watch.h"
+#include "vm/console.h"
 #include "vm/control.h"
 #include "vm/target.h"
 #include "vm/vars.h"

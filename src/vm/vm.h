@@ -65,7 +65,7 @@ struct vm {
     char *image;                         /* as configured */
     unsigned vcpus, memory;              /* as configured; 0: what the image says */
     struct vm_boot *boot;                /* preparation under way (vm/boot.c), or NULL */
-    struct console_watch *console_watch; /* while booting (vm/console_watch.c), or NULL */
+    struct console_watch *console_watch; /* while booting (vm/console.c), or NULL */
     struct buf host_key;                 /* public key blob that the guest must show */
     char *user;                          /* whom to log in as; of the image */
 

@@ -1,11 +1,13 @@
-#include "vm/console_watch.h"
+#include "vm/console.h"
 
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#include "util/buf.h"
+#include "util/cleanup.h"
+#include "util/log.h"
 #include "vm/control.h"
 #include "vm/vm.h"
 
@@ -83,4 +85,16 @@ void console_watch_start(struct vm *vm, const char *line) {
     else
         console_watch_look(watch);
     buf_free(&path);
+}
+
+void console_bound(struct vm *vm) {
+    cleanup_buf struct buf path = {0};
+    struct stat st;
+    buf_printf(&path, "%s/serial.log", vm->dir);
+    if (path.failed || lstat(path.data, &st) < 0 || st.st_size <= CONSOLE_LIMIT)
+        return;
+    /* The VMM has it open with O_APPEND: it goes on at the new end. */
+    if (truncate(path.data, 0) == 0)
+        log_warn("%s: the console has grown over %d MiB and starts anew", vm->id,
+                 CONSOLE_LIMIT >> 20);
 }

@@ -10,3 +10,9 @@ struct vm;
  * console cannot be followed: then attempts alone find the guest. */
 void console_watch_start(struct vm *vm, const char *line);
 void console_watch_stop(struct vm *vm);
+
+/* The VMM writes the console to a file for as long as the guest talks. One that has grown over
+ * CONSOLE_LIMIT bytes starts anew, so that no guest fills the host's disk. Called every few
+ * seconds. */
+#define CONSOLE_LIMIT (16 << 20)
+void console_bound(struct vm *vm);

@@ -1,0 +1,231 @@
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "guest/guest.h"
+#include "util/cleanup.h"
+
+/* The scripts of guest/linux.c, run by the shells that a guest may have. */
+
+#define NONCE "0123456789abcdef0123456789abcdef"
+#define ENV_FILE "/tmp/vmsfs-test-guest-env"
+
+static const char *const shells[] = {"/bin/dash", "/bin/bash", "/bin/busybox", "/bin/ksh",
+                                     "/bin/zsh"};
+
+static void a_marker_is_found_wherever_it_is_cut(void) {
+    static const char text[] = "out\036put\036" NONCE " 7\nafter";
+    size_t length = sizeof text - 1, end = length - strlen("after"), before, after;
+    int status = -1;
+    for (size_t n = 0; n < end; n++) {
+        CHECK_SAID(!guest_marker_find(text, n, NONCE, &before, &after, &status), "cut at %zu", n);
+        CHECK_SAID(before == (n <= 3   ? n
+                              : n == 4 ? 3
+                              : n <= 7 ? n
+                                       : 7),
+                   "%zu safe of %zu", before, n);
+    }
+    CHECK(guest_marker_find(text, length, NONCE, &before, &after, &status) == 1);
+    CHECK(before == 7 && after == end && status == 7);
+}
+
+static void what_only_looks_like_a_marker_is_output(void) {
+    static const char *const texts[] = {
+        "\036" NONCE "\n", "\036" NONCE " \n",     "\036" NONCE " x\n",
+        "\0360123 0\n",    "\036" NONCE " 1234\n", NONCE " 0\n",
+    };
+    size_t before, after;
+    int status;
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        CHECK_SAID(!guest_marker_find(texts[i], strlen(texts[i]), NONCE, &before, &after, &status),
+                   "text %zu", i);
+        CHECK_SAID(before == strlen(texts[i]), "text %zu: %zu safe", i, before);
+    }
+}
+
+static void facts_are_read_from_the_hello(void) {
+    static const struct {
+        const char *output, *shell;
+        bool own_group, own_shell;
+    } rows[] = {
+        {"own\n/bin/bash\n", "/bin/bash", true, true},
+        {"/bin/sh\n", "/bin/sh", false, true},
+        {"/usr/bin/fish\n", "/bin/sh", false, false},
+        {"own\n/bin/csh\n", "/bin/sh", true, false},
+        {"bash\n", "/bin/sh", false, false},
+        {"", "/bin/sh", false, false},
+        {"own\n", "/bin/sh", true, false},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct guest_facts facts;
+        guest_linux.control_facts(rows[i].output, strlen(rows[i].output), &facts);
+        CHECK_SAID(!strcmp(facts.shell, rows[i].shell), "row %zu: shell %s", i, facts.shell);
+        CHECK_SAID(facts.own_group == rows[i].own_group, "row %zu: own group", i);
+        CHECK_SAID(facts.own_shell == rows[i].own_shell, "row %zu: own shell", i);
+    }
+}
+
+/* Runs `SHELL -c script` with this input; returns its exit status and what it prints. */
+static int shell_run(const char *shell, const char *script, const struct buf *input,
+                     struct buf *out, struct buf *err) {
+    char paths[2][32] = {"/tmp/vmsfs-out.XXXXXX", "/tmp/vmsfs-err.XXXXXX"};
+    int files[2] = {mkstemp(paths[0]), mkstemp(paths[1])}, in[2], status = -1;
+    if (files[0] < 0 || files[1] < 0 || pipe(in) < 0)
+        return -1;
+    unlink(paths[0]);
+    unlink(paths[1]);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(in[0], 0);
+        dup2(files[0], 1);
+        dup2(files[1], 2);
+        close(in[1]);
+        if (strstr(shell, "busybox"))
+            execl(shell, "busybox", "sh", "-c", script, (char *)NULL);
+        else
+            execl(shell, shell, "-c", script, (char *)NULL);
+        _exit(127);
+    }
+    close(in[0]);
+    for (size_t done = 0; done < input->len;) {
+        ssize_t n = write(in[1], input->data + done, input->len - done);
+        if (n <= 0)
+            break;
+        done += (size_t)n;
+    }
+    close(in[1]);
+    waitpid(pid, &status, 0);
+    for (int i = 0; i < 2; i++) {
+        char block[4096];
+        ssize_t n;
+        lseek(files[i], 0, SEEK_SET);
+        while ((n = read(files[i], block, sizeof block)) > 0)
+            buf_append(i ? err : out, block, (size_t)n);
+        close(files[i]);
+    }
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static void check_command(const char *shell, const char *command, size_t length,
+                          const char *expected, int expected_status) {
+    struct guest_facts facts = {.shell = "/bin/sh", .own_shell = true, .own_group = true};
+    cleanup_buf struct buf script = {0}, start = {0}, out = {0}, err = {0}, marked = {0};
+    guest_linux.command_shell(&script, &facts, ENV_FILE, false);
+    guest_linux.command_start(&start, NONCE, false, command, length);
+    int status = shell_run(shell, script.data, &start, &out, &err);
+    CHECK_SAID(status == expected_status, "%s: %.40s: status %d", shell, command, status);
+    buf_printf(&marked, "%s\036" NONCE " %d\n", expected, expected_status);
+    CHECK_SAID(check_same(out.data, out.len, marked.data, marked.len), "%s: %.40s: printed %s",
+               shell, command, out.data ? out.data : "");
+    char *line = err.data ? strchr(err.data, '\n') : NULL;
+    CHECK_SAID(line && strtol(err.data, NULL, 10) > 1, "%s: no process id on stderr", shell);
+    CHECK_SAID(line && strstr(line, "\036" NONCE), "%s: no marker on stderr", shell);
+}
+
+static void commands_run_and_end_with_a_marker_in_every_shell(void) {
+    static const struct {
+        const char *command, *output;
+        int status;
+    } rows[] = {
+        {"echo hi", "hi\n", 0},
+        {"exit 7", "", 7},
+        {"false", "", 1},
+        {"(exit 3)", "", 3},
+        {"echo \"it's\" 'a \"b\"' \\\\", "it's a \"b\" \\\n", 0},
+        {"echo one\necho two", "one\ntwo\n", 0},
+        {"cat <<'X'\na 'b'\nX\n:", "a 'b'\n", 0},
+        {"cd /; pwd", "/\n", 0},
+        {"read x; echo \"<$x>\"", "<>\n", 0}, /* its input is empty, not ours */
+        {"printf %s \"$FROM_FILE\"", "two\nlines", 0},
+        {"", "", 0},
+    };
+    for (size_t s = 0; s < sizeof shells / sizeof *shells; s++)
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+            check_command(shells[s], rows[i].command, strlen(rows[i].command), rows[i].output,
+                          rows[i].status);
+}
+
+static void long_commands_run_in_every_shell(void) {
+    cleanup_buf struct buf command = {0};
+    buf_append_str(&command, "x='");
+    while (command.len < 100000)
+        buf_append_str(&command, "0123456789 $x \"quoted\" \n");
+    buf_append_str(&command, "'; echo ${#x}; exit 5");
+    char expected[32];
+    snprintf(expected, sizeof expected, "%zu\n", command.len - strlen("x=''; echo ${#x}; exit 5"));
+    for (size_t s = 0; s < sizeof shells / sizeof *shells; s++)
+        check_command(shells[s], command.data, command.len, expected, 5);
+}
+
+static void the_env_file_is_replaced_only_as_it_was_seen(void) {
+    static const char file[] = "/tmp/vmsfs-test-guest-file";
+    static const char *const control_shells[] = {"/bin/dash", "/bin/bash", "/bin/busybox"};
+    for (size_t s = 0; s < sizeof control_shells / sizeof *control_shells; s++) {
+        cleanup_buf struct buf none = {0}, script = {0}, out = {0}, err = {0}, expected = {0};
+        struct {
+            const char *before; /* what others do */
+            bool read, absent;
+            int status;
+        } rows[] = {
+            {"rm -f \"$F\"", true, false, GUEST_ABSENT},
+            {":", false, true, 0},
+            {":", false, false, 0},
+            {"echo x >\"$F.n\"; mv \"$F.n\" \"$F\"", false, false, GUEST_CHANGED},
+            {":", true, false, 0},
+            {":", false, false, 0},
+            {":", true, false, 0},
+            {"echo y >>\"$F\"", false, false, GUEST_CHANGED},
+            {":", true, false, 0},
+            {": >\"$F\"", false, false, GUEST_CHANGED},
+            {"rm \"$F\"", false, false, GUEST_CHANGED},
+            {":", true, false, GUEST_ABSENT},
+            {"echo z >\"$F\"", false, true, GUEST_CHANGED},
+        };
+        buf_printf(&script, "F=%s; VMSFS_SEEN=%s.seen\n", file, file);
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+            cleanup_buf struct buf one = {0};
+            if (rows[i].read)
+                guest_linux.env_read(&one, file);
+            else
+                guest_linux.env_replace(&one, file, "export A='1'\n", 13, rows[i].absent);
+            buf_printf(&script, "%s\n", rows[i].before);
+            guest_linux.control_request(&script, NONCE, one.data, one.len);
+            buf_printf(&expected, "%d ", rows[i].status);
+        }
+        buf_printf(&script, "rm -f \"$F\" \"$VMSFS_SEEN\"\n");
+        shell_run(control_shells[s], script.data, &none, &out, &err);
+        size_t rest = 0;
+        cleanup_buf struct buf statuses = {0};
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+            size_t before, after;
+            int status = -1;
+            if (!guest_marker_find(out.data + rest, out.len - rest, NONCE, &before, &after,
+                                   &status))
+                break;
+            rest += after;
+            buf_printf(&statuses, "%d ", status);
+        }
+        CHECK_SAID(statuses.data && !strcmp(statuses.data, expected.data), "%s: %s, not %s",
+                   control_shells[s], statuses.data ? statuses.data : "", expected.data);
+    }
+}
+
+int main(void) {
+    signal(SIGPIPE, SIG_IGN);
+    FILE *env = fopen(ENV_FILE, "w");
+    if (env) {
+        fputs("export FROM_FILE='two\nlines'\n", env);
+        fclose(env);
+    }
+    a_marker_is_found_wherever_it_is_cut();
+    what_only_looks_like_a_marker_is_output();
+    facts_are_read_from_the_hello();
+    commands_run_and_end_with_a_marker_in_every_shell();
+    long_commands_run_in_every_shell();
+    the_env_file_is_replaced_only_as_it_was_seen();
+    unlink(ENV_FILE);
+    return check_end();
+}
