@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <ftw.h>
 #include <spawn.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
@@ -74,7 +75,7 @@ static int fs_sync_parent(const char *path) {
     return fd < 0 || fsync(fd) < 0 ? -errno : 0;
 }
 
-int fs_replace(const char *path, mode_t mode, const void *data, size_t length) {
+static int fs_replace_file(const char *path, mode_t mode, const void *data, size_t length, bool sync) {
     cleanup_buf struct buf temporary = {0};
     buf_printf(&temporary, "%s.XXXXXX", path);
     if (temporary.failed)
@@ -83,13 +84,21 @@ int fs_replace(const char *path, mode_t mode, const void *data, size_t length) {
     if (fd < 0)
         return -errno;
     int r = fs_write_all(fd, data, length);
-    if (r == 0 && (fchmod(fd, mode) < 0 || fsync(fd) < 0 || rename(temporary.data, path) < 0))
+    if (r == 0 && (fchmod(fd, mode) < 0 || (sync && fsync(fd) < 0) || rename(temporary.data, path) < 0))
         r = -errno;
     if (r < 0)
         unlink(temporary.data);
-    else
+    else if (sync)
         r = fs_sync_parent(path);
     return r;
+}
+
+int fs_replace(const char *path, mode_t mode, const void *data, size_t length) {
+    return fs_replace_file(path, mode, data, length, true);
+}
+
+int fs_replace_fast(const char *path, mode_t mode, const void *data, size_t length) {
+    return fs_replace_file(path, mode, data, length, false);
 }
 
 static int fs_remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw) {

@@ -106,12 +106,15 @@ static int daemon_each(struct daemon *d, const char *name,
 }
 
 static void daemon_load_one(struct daemon *d, const char *path) {
+    const char *name = strrchr(path, '/') + 1;
     struct vm *vm = vm_load(d, path);
+    if (!vm && vm_id_is_valid(name))
+        vm = vm_load_unreadable(d, name, path);
     if (!vm) {
-        log_error("%s holds no VM that can be read; it is left alone", path);
+        log_error("%s holds no VM; it is left alone", path);
         return;
     }
-    if (strcmp(strrchr(path, '/') + 1, vm->id) != 0 || vm_find(d, vm->id)) {
+    if (strcmp(name, vm->id) != 0 || vm_find(d, vm->id)) {
         log_error("%s is the record of another VM, %s; it is left alone", path, vm->id);
         vm_release(vm);
         return;
@@ -119,6 +122,8 @@ static void daemon_load_one(struct daemon *d, const char *path) {
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     registry_add(d, vm);
+    if (vm->boot_again && vm_boot(vm) < 0)
+        log_error("%s: cannot be booted", vm->id);
 }
 
 /* VMs whose destruction a killed daemon did not finish. */
@@ -192,13 +197,15 @@ void daemon_destroy_all(struct daemon *d) {
 }
 
 void daemon_close(struct daemon *d) {
-    struct vm *vm;
+    struct vm *vm, *next;
+    d->closing = true;
     if (d->housekeeping)
         uv_close((uv_handle_t *)d->housekeeping, (uv_close_cb)free);
     d->housekeeping = NULL;
-    while ((vm = RB_MIN(vm_index, &d->vms))) {
-        RB_REMOVE(vm_index, &d->vms, vm);
-        vm_release(vm);
+    for (vm = RB_MIN(vm_index, &d->vms); vm; vm = next) {
+        next = RB_NEXT(vm_index, &d->vms, vm);
+        if (!vm->saving) /* else when its record has been written */
+            vm_release(vm);
     }
 }
 

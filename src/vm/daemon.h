@@ -46,8 +46,9 @@ struct daemon {
     uid_t uid;          /* owner of every file of the tree */
     gid_t gid;
     uv_timer_t *housekeeping; /* what has to be looked at every few seconds */
-    uint64_t last_number;     /* of VMs; never used twice in a state directory */
-    uint64_t requests;        /* served, for `info` */
+    bool closing;
+    uint64_t last_number; /* of VMs; never used twice in a state directory */
+    uint64_t requests;    /* served, for `info` */
     struct timespec started;
     struct vm_index vms;
 };

@@ -75,9 +75,22 @@ static void record_written(uv_work_t *work, int status) {
                                                                               : 0);
         if (vm->save_again && !vm->saving)
             record_start(vm);
+        if (vm->daemon->closing && !vm->saving)
+            vm_release(vm);
     }
     vm_unref(vm);
     record_free(w);
+}
+
+/* So that a VM whose mkdir has been answered is there, whatever becomes of the daemon in the next
+ * moment. */
+int record_begin(struct vm *vm) {
+    json_t *record = record_make(vm);
+    cleanup_free char *path = NULL, *text = record ? json_dumps(record, JSON_INDENT(2)) : NULL;
+    json_decref(record);
+    if (!text || asprintf(&path, "%s/vm.json", vm->dir) < 0)
+        return -ERR_NO_MEMORY;
+    return fs_replace_fast(path, 0600, text, strlen(text));
 }
 
 static void record_start(struct vm *vm) {
@@ -162,7 +175,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     if (id && vm_id_is_valid(id) && number > 0 && number < UINT32_MAX)
         vm = vm_new(d, id, (uint64_t)number, dir);
     if (!vm) {
-        log_error("%s is no record of a VM (%s); it is left alone", path, record ? "" : error.text);
+        log_error("%s is no record of a VM (%s); it is put aside", path, record ? "" : error.text);
         json_decref(record);
         return NULL;
     }
@@ -181,11 +194,28 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
             ? vm_state_from_name(record_text(record, "state"), strlen(record_text(record, "state")))
             : VM_STOPPED;
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
+    vm->boot_again = state == VM_BOOTING && !json_object_get(record, "vmm");
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));
     if (r < 0)
         vm_fail(vm, r, "%s: the variables in %s cannot be read", vm->id, path);
     record_adopt(vm, record);
     json_decref(record);
+    return vm;
+}
+
+struct vm *vm_load_unreadable(struct daemon *d, const char *id, const char *dir) {
+    cleanup_free char *path = NULL, *aside = NULL;
+    struct vm *vm = vm_new(d, id, ++d->last_number, dir);
+    if (!vm || asprintf(&path, "%s/vm.json", dir) < 0 ||
+        asprintf(&aside, "%s.unreadable", path) < 0)
+        return vm;
+    bool kept = rename(path, aside) == 0;
+    vm->state = VM_FAILED;
+    vm_fail(vm, -ERR_IO,
+            "the record of %s could not be read%s%s: rmdir removes it, `echo running > status` "
+            "starts it "
+            "without its variables",
+            id, kept ? " and is kept in " : "", kept ? aside : "");
     return vm;
 }

@@ -96,7 +96,10 @@ int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
         return -ERR_NO_MEMORY;
     }
     registry_add(d, vm);
-    int r = vm_boot(vm);
+    vm->state = VM_BOOTING;
+    int r = record_begin(vm);
+    if (r == 0)
+        r = vm_boot(vm);
     if (r < 0) {
         vm_destroy(vm, NULL);
         return r;
@@ -120,6 +123,8 @@ static void vm_shut(struct vm *vm) {
 }
 
 void vm_release(struct vm *vm) {
+    if (vm_find(vm->daemon, vm->id) == vm)
+        RB_REMOVE(vm_index, &vm->daemon->vms, vm);
     vm_disconnect(vm, -ERR_GONE, "vmsfs ends");
     vm->gone = true;
     vm->destroying = true; /* of its use here; nothing is removed */

@@ -82,6 +82,7 @@ struct vm {
     bool destroying;   /* rmdir has begun */
     bool attached;     /* the guest of this boot has been heard: its file is the truth */
     bool saving, save_again;
+    bool boot_again;       /* the last daemon ended before it had started the VMM */
     struct list end_waits; /* of vm_wait: woken when destroyed */
 };
 
@@ -144,8 +145,12 @@ void registry_add(struct daemon *d, struct vm *vm);
 void vm_release(struct vm *vm);
 /* Goes on with a destruction when something that it waits for has ended. */
 void vm_destroy_step(struct vm *vm);
+/* Writes the first record, at once. */
+int record_begin(struct vm *vm);
 /* Brings back what is recorded in `dir`. NULL: there is no readable record. */
 struct vm *vm_load(struct daemon *d, const char *dir);
+/* A VM whose record cannot be read: failed, with words about it; the record is put aside. */
+struct vm *vm_load_unreadable(struct daemon *d, const char *id, const char *dir);
 /* The VMM's configuration for its next boot, or for adopting it; strings borrowed. */
 struct vmm_config;
 extern const struct vmm_events vm_vmm_events;
