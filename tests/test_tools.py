@@ -115,8 +115,8 @@ ROWS.update({
     "vim -es": Row("vim -es -u NONE -i NONE -c '%s/old/new/' -c 'wq' \"$E/$K\"", ""),
     "vim with backup": Row("vim -es -u NONE -i NONE -c 'set backup backupcopy=no backupskip=' -c '%s/old/new/' -c 'wq' \"$E/$K\"",
                            "", leaves=r"TOOL~"),
-    "emacs": Row('emacs -Q --batch --eval \'(progn (find-file (getenv "F")) (erase-buffer) (insert "new value\\n") '
-                 "(save-buffer) (kill-buffer))'", "", leaves=r"TOOL~"),
+    "emacs": Row('emacs -Q --batch --eval \'(progn (setq backup-enable-predicate (lambda (name) t)) '
+                 '(find-file (getenv "F")) (erase-buffer) (insert "new value\\n") (save-buffer) (kill-buffer))\'', "", leaves=r"TOOL~"),
     "emacs without backup": Row(
         'emacs -Q --batch --eval \'(progn (setq make-backup-files nil) (find-file (getenv "F")) (erase-buffer) '
         '(insert "new value\\n") (save-buffer) (kill-buffer))\''),
@@ -393,8 +393,8 @@ ENVIRON_ROWS = {
     "gawk -i inplace": Row('gawk -i inplace \'{ sub("old value", "new value"); print }\' "$V/environ"'),
     "ed": Row("printf ',s/old value/new value/\\nw\\nq\\n' | ed -s \"$V/environ\"", ""),
     "vim": Row("vim -es -u NONE -i NONE -c '%s/old value/new value/' -c wq \"$V/environ\"", ""),
-    "emacs": Row('F="$V/environ" emacs -Q --batch --eval \'(progn (find-file (getenv "F")) '
-                 '(while (search-forward "old value" nil t) (replace-match "new value")) (save-buffer))\'; rm -f "$V/environ~"', ""),
+    "emacs": Row('F="$V/environ" emacs -Q --batch --eval \'(progn (setq backup-enable-predicate '
+                 '(lambda (name) t)) (find-file (getenv "F")) (while (search-forward "old value" nil t) (replace-match "new value")) (save-buffer))\'; rm "$V/environ~"', ""),
     "rsync": Row('rsync -a "$T/environ" "$V/environ"', 'rsync -aci "$T/environ" "$V/environ" | grep -v "^\\.f" || :'),
     "rsync --inplace": Row('rsync -a --inplace "$T/environ" "$V/environ"', ""),
     "tar x": Row('tar -C "$T" -cf "$T/e.tar" environ; tar -C "$V" -xf "$T/e.tar"', 'cmp "$T/environ" "$V/environ"'),

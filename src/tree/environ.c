@@ -16,8 +16,9 @@
  * by the same rules as a single variable (tree/env_key.c), and parsed at every WRITE, so that a bad
  * line fails the write that brought it.
  *
- * A tool that writes in pieces cuts lines anywhere. Pieces are whole blocks, all but the last: what
- * ends at a multiple of 4 KiB and in the middle of a line waits for the rest, until FLUSH. */
+ * A tool that writes in pieces cuts lines anywhere. What ends inside of quotes or of a name,
+ * without a newline, waits for the rest, until FLUSH; so does what ends in a line at a multiple of
+ * 4 KiB, as pieces of most tools do. */
 
 #define ENVIRON_BLOCK 4096
 #define ENVIRON_LIMIT                                                                              \
@@ -280,8 +281,11 @@ static void environ_write(struct handle *handle, const char *data, size_t length
     size_t was = h->content.len;
     int r = environ_patch(h, data, length, offset);
     bool block = h->content.len % ENVIRON_BLOCK == 0;
-    if (r == 0)
-        r = environ_parse(handle->node->vm, h->content.data, h->content.len, block, &all, &cut);
+    bool in_a_line = length > 0 && data[length - 1] != '\n';
+    /* A small piece that leaves its line open has nothing to be judged by yet. */
+    if (r == 0 && (!h->dirty || !in_a_line || length >= ENVIRON_BLOCK))
+        r = environ_parse(handle->node->vm, h->content.data, h->content.len,
+                          block || in_a_line || h->dirty, &all, &cut);
     environ_changes_free(&all);
     if (r < 0) {
         h->content.failed = 0;
@@ -291,8 +295,7 @@ static void environ_write(struct handle *handle, const char *data, size_t length
         request_answer(rq, r);
         return;
     }
-    bool in_a_line = block && length > 0 && h->content.data[h->content.len - 1] != '\n';
-    bool first = !h->wrote && !h->dirty && !cut && !in_a_line;
+    bool first = !h->wrote && !h->dirty && !cut && !(block && in_a_line);
     if (first) {
         /* A shell's echo or printf writes line by line. Were all other variables gone with the
          * first of many lines, the guest would miss them for a moment, and for good when a later
