@@ -63,7 +63,7 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
         return;
     }
     struct var *var = vars_find(vm->vars, name);
-    if (scratch_find(vm->env_scratch, name) || (!var && scratch_is_wanted(name, flags))) {
+    if (scratch_find(vm->env_scratch, name) || (!var && scratch_is_wanted(vm, name, flags))) {
         scratch_create(dir, vm->env_scratch, name, flags, mode, rq);
         return;
     }

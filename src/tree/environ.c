@@ -249,6 +249,21 @@ static void environ_open(struct node *node, int flags, struct request *rq) {
         guest_wait_settle(wait, r < 0 ? r : 0);
 }
 
+void environ_create(struct node *dir, const struct node_row *row, int flags, struct request *rq) {
+    struct node *node = node_child(dir, row->name, &environ_ops, row, dir->vm);
+    struct environ_handle *h = node ? calloc(1, sizeof *h) : NULL;
+    if (!h) {
+        if (node)
+            node_unref(node);
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    dir->vm->environ_removed = 0;
+    handle_init(&h->handle, node, flags);
+    h->truncating = true;
+    request_answer_created(rq, node, &h->handle);
+}
+
 static void environ_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
     const struct buf *text = h->wrote || h->dirty || h->truncating ? &h->content : &h->snapshot;

@@ -5,17 +5,30 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "guest/env_file.h"
 #include "tree/env.h"
 #include "tree/text.h"
 #include "tree/tree.h"
+#include "util/cleanup.h"
 #include "util/errors.h"
 #include "vm/vm.h"
 
 /* Scratch files behave as on any disk. A handle and a node each hold a reference, so that what is
  * removed or renamed away stays usable for who has it open. */
 
-bool scratch_is_wanted(const char *name, int flags) {
-    return scratch_name_is_special(name) || ((flags & O_EXCL) && (flags & O_ACCMODE) == O_RDWR);
+/* A variable's name with a suffix: KEY.orig, KEY.oXXXXXX (patch creates that O_WRONLY). */
+static bool scratch_is_beside(struct vm *vm, const char *name) {
+    size_t length = strcspn(name, ".");
+    if (!name[length] || !env_name_is_valid(name, length))
+        return false;
+    cleanup_free char *key = strndup(name, length);
+    return key && vars_find(vm->vars, key);
+}
+
+bool scratch_is_wanted(struct vm *vm, const char *name, int flags) {
+    if (scratch_name_is_special(name))
+        return true;
+    return (flags & O_EXCL) && ((flags & O_ACCMODE) == O_RDWR || scratch_is_beside(vm, name));
 }
 
 static void scratch_stat(const struct node *node, struct node_stat *ret_stat) {

@@ -10,7 +10,7 @@ extern const struct node_ops scratch_dir_ops;
 
 /* Is what is created by this name with these flags scratch? mkstemp(3) opens O_RDWR|O_CREAT|O_EXCL;
  * its names may look like anything. */
-bool scratch_is_wanted(const char *name, int flags);
+bool scratch_is_wanted(struct vm *vm, const char *name, int flags);
 
 /* The node of a scratch; a new reference. NULL: no memory. */
 struct node *scratch_node(struct node *dir, struct scratch *scratch);

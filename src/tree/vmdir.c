@@ -66,9 +66,18 @@ static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ctim = node->vm->created;
 }
 
+/* mv, install and tar remove the target, and then create it anew, insisting that it is not there.
+ */
+#define VMDIR_ENVIRON_AWAY_MS 250
+
+static bool vmdir_environ_is_away(const struct vm *vm) {
+    return vm->environ_removed &&
+           uv_now(vm->daemon->loop) - vm->environ_removed < VMDIR_ENVIRON_AWAY_MS;
+}
+
 static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_node) {
     const struct node_row *row = vmdir_row(name);
-    if (dir->vm->gone)
+    if (dir->vm->gone || (row && row->ops == &environ_ops && vmdir_environ_is_away(dir->vm)))
         return -ERR_NOT_FOUND;
     if (!row) {
         struct scratch *scratch = scratch_find(dir->vm->vm_scratch, name);
@@ -99,9 +108,12 @@ static int vmdir_list(struct node *dir, struct node_list *list) {
 /* Temporary files of tools that replace `environ`. */
 static void vmdir_create(struct node *dir, const char *name, int flags, mode_t mode,
                          struct request *rq) {
+    const struct node_row *row = vmdir_row(name);
     if (dir->vm->gone)
         request_answer(rq, -ERR_GONE);
-    else if (scratch_is_wanted(name, flags) || scratch_find(dir->vm->vm_scratch, name))
+    else if (row && row->ops == &environ_ops)
+        environ_create(dir, row, flags, rq);
+    else if (scratch_is_wanted(dir->vm, name, flags) || scratch_find(dir->vm->vm_scratch, name))
         scratch_create(dir, dir->vm->vm_scratch, name, flags, mode, rq);
     else
         request_answer(rq, -ERR_NOT_PERMITTED);
@@ -169,6 +181,8 @@ static void vmdir_unlink(struct node *dir, const char *name, struct request *rq)
         request_answer(rq, -ERR_IS_A_DIRECTORY);
         return;
     }
+    if (row && row->ops == &environ_ops)
+        dir->vm->environ_removed = uv_now(dir->vm->daemon->loop);
     node_forget_child(dir, name);
     request_answer(rq, row ? 0 : -ERR_NOT_FOUND);
 }
