@@ -18,6 +18,9 @@ DEADLINE = 120
 # From the deadline to the death of the daemons, which frees whoever is blocked in a mount.
 GRACE = 10
 
+# A shell starts what it puts into the background with SIGINT ignored, and so would be all clients of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 collect_ignore = ["unit", "fuzz", "bench"]
 
 

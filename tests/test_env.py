@@ -483,11 +483,11 @@ def test_a_write_that_cannot_reach_the_guest_fails_in_the_shell_that_made_it(new
 def test_a_write_that_the_guest_refuses_fails_and_changes_nothing(new_vm, shell):
     vm = new_vm("refuses")
     write(vm.env("KEPT"), "old\n")
-    vm.ssh("mount -t tmpfs -o ro none /etc/profile.d || mount -o bind,ro /etc/profile.d /etc/profile.d")
+    vm.ssh("cd / && mount -o bind /etc/profile.d /etc/profile.d && mount -o remount,ro,bind /etc/profile.d")
     done = run(vm, shell, "echo new > KEPT", check=False)
     assert done.returncode != 0
     assert done.stderr != b""
-    assert "KEPT" in vm.error() or "read-only" in vm.error().lower() or "Read-only" in vm.error()
+    assert "read-only" in vm.error().lower()
     vm.ssh("umount /etc/profile.d")
     wait_for(lambda: read(vm.env("KEPT")) == "old\n", "the old value")
     assert vm.value("KEPT") == b"old"

@@ -13,7 +13,6 @@ from harness import (
     VMSFS,
     Client,
     environment,
-    kill_and_wait,
     processes_with,
     read,
     read_bytes,

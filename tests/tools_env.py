@@ -38,15 +38,19 @@ def sourced(vm, key, env_file=ENV_FILE):
 
 
 def clean_env(vm):
-    """Removes every variable and all scratch."""
-    for name in os.listdir(vm / "env"):
-        path = vm.env(name)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.isdir(path):
-                os.rmdir(path)
-            else:
-                os.unlink(path)
-    assert keys(vm) == []
+    """Removes every variable and all scratch, also what a process that was killed is just leaving behind."""
+
+    def empty():
+        for name in keys(vm):
+            path = vm.env(name)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.isdir(path):
+                    os.rmdir(path)
+                else:
+                    os.unlink(path)
+        return keys(vm) == []
+
+    wait_for(empty, "env/ is empty", 20)
 
 
 def environment(**extra):

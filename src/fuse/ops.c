@@ -16,6 +16,15 @@ static struct fuse_channel *ops_channel(fuse_req_t req) {
     return fuse_req_userdata(req);
 }
 
+#define NAME_LIMIT 255 /* NAME_MAX of limits.h, and what statfs says */
+
+static bool ops_name_fits(fuse_req_t req, const char *name) {
+    if (strlen(name) <= NAME_LIMIT)
+        return true;
+    fuse_reply_err(req, ENAMETOOLONG);
+    return false;
+}
+
 /* A node of an operation; ESTALE when the kernel asks for one that it has forgotten. */
 static struct node *ops_node(fuse_req_t req, fuse_ino_t id) {
     struct node *node = inode_find(ops_channel(req), id);
@@ -41,7 +50,10 @@ static void ops_init(void *userdata, struct fuse_conn_info *conn) {
 
 static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
     struct fuse_channel *channel = ops_channel(req);
-    struct node *dir = ops_node(req, parent), *node;
+    struct node *node;
+    if (!ops_name_fits(req, name))
+        return;
+    struct node *dir = ops_node(req, parent);
     if (!dir)
         return;
     channel->daemon->requests++;
@@ -126,7 +138,7 @@ static void ops_setattr(fuse_req_t req, fuse_ino_t id, struct stat *attr, int to
  * request. */
 #define OPS_DIR_CALL(req, parent, member, status, ...)                                             \
     do {                                                                                           \
-        struct node *dir = ops_node(req, parent);                                                  \
+        struct node *dir = ops_name_fits(req, name) ? ops_node(req, parent) : NULL;                \
         struct fuse_request *r = dir ? fuse_request_new(ops_channel(req), req) : NULL;             \
         if (r && dir->ops->member)                                                                 \
             dir->ops->member(dir, __VA_ARGS__, &r->rq);                                            \
@@ -148,14 +160,14 @@ static void ops_unlink(fuse_req_t req, fuse_ino_t parent, const char *name) {
 
 static void ops_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t new_parent,
                        const char *new_name, unsigned flags) {
-    struct node *new_dir = ops_node(req, new_parent);
+    struct node *new_dir = ops_name_fits(req, new_name) ? ops_node(req, new_parent) : NULL;
     if (new_dir)
         OPS_DIR_CALL(req, parent, rename, -ERR_NOT_PERMITTED, name, new_dir, new_name, flags);
 }
 
 static void ops_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode,
                        struct fuse_file_info *file) {
-    struct node *dir = ops_node(req, parent);
+    struct node *dir = ops_name_fits(req, name) ? ops_node(req, parent) : NULL;
     struct fuse_request *r = dir ? fuse_request_new(ops_channel(req), req) : NULL;
     if (!r)
         return;
@@ -385,7 +397,7 @@ void handles_release_all(struct fuse_channel *channel) {
 }
 
 static void ops_statfs(fuse_req_t req, fuse_ino_t id) {
-    struct statvfs st = {.f_bsize = 4096, .f_frsize = 4096, .f_namemax = 255};
+    struct statvfs st = {.f_bsize = 4096, .f_frsize = 4096, .f_namemax = NAME_LIMIT};
     (void)id;
     fuse_reply_statfs(req, &st);
 }

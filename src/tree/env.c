@@ -99,6 +99,24 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
     request_answer_created(rq, node, &h->handle);
 }
 
+struct env_unlink {
+    struct node *dir; /* a reference */
+    char *name;
+};
+
+/* Who has it open has a file without a name now. */
+static void env_unlinked(void *arg, int status, struct request *rq) {
+    struct env_unlink *u = arg;
+    if (status == 0 && !u->dir->vm->gone) {
+        node_remove_child(u->dir, u->name);
+        vars_abandon(u->dir->vm->vars, u->name);
+    }
+    node_unref(u->dir);
+    free(u->name);
+    free(u);
+    request_answer(rq, status);
+}
+
 static void env_unlink(struct node *dir, const char *name, struct request *rq) {
     struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->env_scratch, name);
     if (scratch) {
@@ -109,8 +127,15 @@ static void env_unlink(struct node *dir, const char *name, struct request *rq) {
         request_answer(rq, -ERR_NOT_FOUND);
         return;
     }
+    struct env_unlink *u = malloc(sizeof *u);
+    if (!u || !(u->name = strdup(name))) {
+        free(u);
+        request_answer(rq, -ERR_NO_MEMORY);
+        return;
+    }
+    u->dir = node_ref(dir);
     struct var_change unset = {.name = name};
-    env_commit(dir, &unset, 1, env_answer_plain, NULL, rq);
+    env_commit(dir, &unset, 1, env_unlinked, u, rq);
 }
 
 static void env_rmdir(struct node *dir, const char *name, struct request *rq) {

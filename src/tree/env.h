@@ -11,12 +11,13 @@ extern const struct node_ops env_key_ops;
 /* One open of env/KEY (design, section 2: the contract of a write). */
 struct env_handle {
     struct handle handle;
-    struct buf content; /* what this open file reads as */
-    bool creating;      /* it made the name: vars_uncreate() at the end */
-    bool truncating;    /* emptied, and nothing committed since */
-    bool wrote;         /* a first WRITE has been committed, or refused */
-    size_t writing;     /* bytes of the WRITE that waits for its verdict */
-    bool dirty;         /* changed since the last commit */
+    struct buf appended; /* of an appending handle: what is not yet committed */
+    struct buf content;  /* what this open file reads as */
+    bool creating;       /* it made the name: vars_uncreate() at the end */
+    bool truncating;     /* emptied, and nothing committed since */
+    bool wrote;          /* a first WRITE has been committed, or refused */
+    size_t writing;      /* bytes of the WRITE that waits for its verdict */
+    bool dirty;          /* changed since the last commit */
 };
 
 /* The handle for a name that vars_create() has just made. NULL: no memory. */

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "tree/env.h"
+#include "tree/scratch.h"
 #include "tree/text.h"
 #include "tree/tree.h"
 #include "util/errors.h"
@@ -105,16 +106,36 @@ static void env_handle_verdict(void *arg, int status, struct request *rq) {
     }
 }
 
+/* What a commit of the handle changes. One that appends does so to what is there by then: others
+ * may append, too. */
+static struct var_change env_handle_change(const struct env_handle *h) {
+    bool append = (h->handle.flags & O_APPEND) && !h->truncating;
+    const struct buf *bytes = append ? &h->appended : &h->content;
+    return (struct var_change){.name = h->handle.node->name,
+                               .bytes = bytes->data ? bytes->data : "",
+                               .length = bytes->len,
+                               .append = append};
+}
+
 static void env_handle_commit(struct env_handle *h, size_t writing, struct request *rq) {
     struct node *node = h->handle.node;
-    struct var_change set = {.name = node->name,
-                             .bytes = h->content.data ? h->content.data : "",
-                             .length = h->content.len};
+    struct var_change change = env_handle_change(h);
+    struct vm_wait *wait;
     h->wrote = true;
     h->dirty = false;
     h->writing = writing;
+    wait = guest_wait(node, node->name, env_handle_verdict, h, rq);
+    int r = wait ? vars_commit(node->vm->vars, &change, 1, wait) : 0; /* copies the bytes */
+    buf_clear(&h->appended);
     env_handle_untruncate(h);
-    env_commit(node, &set, 1, env_handle_verdict, h, rq);
+    if (r < 0)
+        guest_wait_settle(wait, r);
+}
+
+/* The name that was opened has been removed, given to another, or is scratch by now (rename): it is
+ * no variable to be set any more. As on a disk, who has it open may go on, for nobody. */
+static bool env_handle_is_astray(const struct env_handle *h) {
+    return h->handle.node->removed || h->handle.node->ops != h->handle.ops;
 }
 
 static void env_key_release(struct handle *handle);
@@ -184,11 +205,12 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
         request_answer(rq, -ERR_GONE);
         return;
     }
-    if (handle->flags & O_APPEND) { /* the kernel's idea of the end may be old */
-        if (!h->dirty && !h->truncating)
-            env_handle_load(h);
-        offset = (off_t)h->content.len;
+    if (env_handle_is_astray(h)) {
+        scratch_write_astray(handle, data, length, offset, rq);
+        return;
     }
+    if (handle->flags & O_APPEND) /* the kernel's idea of the end may be old */
+        offset = (off_t)h->content.len;
     int r = 0;
     if (offset > VAR_LIMIT + 1 || length > VAR_LIMIT + 1 || (size_t)offset + length > VAR_LIMIT + 1)
         r = -ERR_TOO_LARGE;
@@ -198,12 +220,15 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
         env_handle_untruncate(h);
         h->wrote = true; /* a refused write is no empty value */
         env_handle_load(h);
+        buf_clear(&h->appended);
         h->dirty = false;
         request_answer(rq, vm_fail(handle->node->vm, r, "env/%s: a value takes %d bytes at most",
                                    handle->node->name, VAR_LIMIT));
         return;
     }
     memcpy(h->content.data + offset, data, length);
+    if (handle->flags & O_APPEND)
+        buf_append(&h->appended, data, length);
     if (!h->wrote) {
         env_handle_commit(h, length, rq);
         return;
@@ -214,7 +239,7 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
 
 static void env_key_flush(struct handle *handle, struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
-    if (h->dirty)
+    if (h->dirty && !env_handle_is_astray(h))
         env_handle_commit(h, 0, rq);
     else
         request_answer(rq, 0);
@@ -222,7 +247,8 @@ static void env_key_flush(struct handle *handle, struct request *rq) {
 
 static void env_key_fsync(struct handle *handle, struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
-    if (h->dirty || ((h->truncating || h->creating) && !h->wrote))
+    bool pending = h->dirty || ((h->truncating || h->creating) && !h->wrote);
+    if (pending && !env_handle_is_astray(h))
         env_handle_commit(h, 0, rq);
     else
         request_answer(rq, 0);
@@ -230,12 +256,13 @@ static void env_key_fsync(struct handle *handle, struct request *rq) {
 
 static void env_handle_free(struct env_handle *h) {
     struct node *node = h->handle.node;
-    if (!node->vm->gone) {
+    if (!node->vm->gone && !env_handle_is_astray(h)) {
         env_handle_untruncate(h);
         if (h->creating)
             vars_uncreate(node->vm->vars, node->name);
     }
     buf_free(&h->content);
+    buf_free(&h->appended);
     handle_done(&h->handle);
     free(h);
 }
@@ -260,7 +287,7 @@ static void env_key_release(struct handle *handle) {
     struct node *node = handle->node;
     bool empty = (h->truncating || h->creating) && !h->wrote;
     struct env_parting *parting = NULL;
-    if (!node->vm->gone && (empty || h->dirty))
+    if (!node->vm->gone && (empty || h->dirty) && !env_handle_is_astray(h))
         parting = calloc(1, sizeof *parting);
     if (!parting) {
         env_handle_free(h);
@@ -270,10 +297,8 @@ static void env_key_release(struct handle *handle) {
     parting->wait.done = env_parting_done;
     list_init(&parting->wait.link);
     parting->h = h;
-    struct var_change set = {.name = node->name,
-                             .bytes = h->content.data ? h->content.data : "",
-                             .length = h->content.len};
-    if (vars_commit(node->vm->vars, &set, 1, &parting->wait) < 0) {
+    struct var_change change = env_handle_change(h);
+    if (vars_commit(node->vm->vars, &change, 1, &parting->wait) < 0) {
         env_handle_free(h);
         free(parting);
     }

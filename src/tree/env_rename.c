@@ -35,6 +35,7 @@ struct env_side {
 struct env_rename {
     struct node *dir; /* a reference */
     bool exchange;
+    struct scratch *reserved; /* a reference: made for a variable that becomes scratch; or NULL */
     struct env_side from, to;
 };
 
@@ -69,8 +70,8 @@ static int env_side_take(struct vm *vm, const char *name, struct env_side *side)
         side->changed = var->changed;
         side->read = var->read;
         side->number = var->number;
-        if (!var->truncated)
-            buf_append(&side->content, var->bytes, var->length);
+        if (!var->truncated) /* also what is still on its way */
+            vars_newest(vm->vars, name, &side->content);
     } else {
         side->is_key = env_name_is_valid(name, strlen(name));
     }
@@ -109,6 +110,7 @@ static void env_side_settle(struct node *dir, const struct env_side *from,
     scratch->gid = from->gid;
     scratch->changed = from->changed;
     scratch->read = from->read;
+    scratch->number = from->number;
     if (node)
         node_set_kind(node, &scratch_file_ops, scratch_ref(scratch));
 }
@@ -130,6 +132,8 @@ static void env_rename_settle(struct env_rename *r) {
 }
 
 static void env_rename_free(struct env_rename *r) {
+    if (r->reserved)
+        scratch_unref(r->reserved);
     node_unref(r->dir);
     env_side_free(&r->from);
     env_side_free(&r->to);
@@ -140,6 +144,8 @@ static void env_rename_answer(void *arg, int status, struct request *rq) {
     struct env_rename *r = arg;
     if (status == 0)
         env_rename_settle(r);
+    else if (r->reserved)
+        scratch_remove(r->reserved);
     env_rename_free(r);
     request_answer(rq, status);
 }
@@ -160,6 +166,24 @@ static int env_rename_check(struct node *dir, const struct env_rename *r, unsign
     if (to && to->directory && !(from && from->directory))
         return -ERR_IS_A_DIRECTORY;
     return 0;
+}
+
+/* The place for what becomes scratch is taken before the variable is unset. */
+static int env_rename_reserve(struct env_rename *r) {
+    struct scratches *table = r->dir->vm->env_scratch;
+    struct scratch *scratch = r->to.scratch;
+    if (r->to.is_key || !r->from.is_key)
+        return 0;
+    if (!scratch) {
+        int status = scratch_make(table, r->to.name, false, r->from.mode, &scratch);
+        if (status < 0)
+            return status;
+        r->reserved = scratch_ref(scratch);
+    }
+    int status = scratch_check_room(scratch, r->from.content.len);
+    if (status < 0)
+        vm_fail(r->dir->vm, status, "env: no room for the temporary file %s", r->to.name);
+    return status;
 }
 
 static void env_rename_commit(struct env_rename *r, struct request *rq) {
@@ -202,7 +226,11 @@ void env_rename(struct node *dir, const char *name, struct node *new_dir, const 
         return;
     }
     if (r->from.is_key || r->to.is_key) {
-        env_rename_commit(r, rq);
+        status = env_rename_reserve(r);
+        if (status < 0)
+            env_rename_answer(r, status, rq);
+        else
+            env_rename_commit(r, rq);
         return;
     }
     struct scratch *scratch = scratch_ref(r->from.scratch);

@@ -68,7 +68,8 @@ static int environ_add(void *arg, const struct env_var *var) {
     if (var->length)
         memcpy(bytes, var->value, var->length);
     bytes[var->length] = '\n';
-    all->changes[all->count++] = (struct var_change){name, bytes, var->length + 1};
+    all->changes[all->count++] =
+        (struct var_change){.name = name, .bytes = bytes, .length = var->length + 1};
     return 0;
 }
 

@@ -93,7 +93,7 @@ void node_set_kind(struct node *node, const struct node_ops *ops, void *object) 
 
 void node_move_child(struct node *dir, const char *name, const char *new_name) {
     struct node *node = node_find_child(dir, name);
-    node_forget_child(dir, new_name);
+    node_remove_child(dir, new_name);
     if (!node)
         return;
     node_drop_from_index(node);
@@ -110,6 +110,14 @@ void node_forget_child(struct node *parent, const char *name) {
     struct node *node = node_find_child(parent, name);
     if (node)
         node_drop_from_index(node);
+}
+
+void node_remove_child(struct node *parent, const char *name) {
+    struct node *node = node_find_child(parent, name);
+    if (!node)
+        return;
+    node->removed = true;
+    node_drop_from_index(node);
 }
 
 int node_list_add(struct node_list *list, const char *name, mode_t type, uint64_t ino) {

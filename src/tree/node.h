@@ -97,6 +97,7 @@ struct node {
     unsigned refs;
     unsigned held; /* requests parked on its inode: see node_child() */
     bool indexed;  /* found by node_child() */
+    bool removed;  /* its name was removed or given to another: who has it open writes to nobody */
     RB_ENTRY(node) sibling;
     RB_HEAD(node_children, node) children;
 
@@ -133,6 +134,8 @@ struct node *node_child_private(struct node *parent, const char *name, const str
 
 /* The kernel has marked this child as deleted: later lookups get a fresh node. */
 void node_forget_child(struct node *parent, const char *name);
+/* The same, and it is `removed`. */
+void node_remove_child(struct node *parent, const char *name);
 
 /* The kernel has moved a name within a directory (rename): the node that it knows as `name` is
  * found as `new_name` from now on. node_set_kind() makes another kind of it; its former object is

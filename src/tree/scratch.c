@@ -204,7 +204,8 @@ static void scratch_write_file(struct handle *handle, const char *data, size_t l
     if (handle->flags & O_APPEND)
         offset = (off_t)scratch->content.len;
     int r = scratch_explain(node, scratch_write(scratch, data, length, offset));
-    if (r == 0 && node->ops == &env_key_ops) { /* it has been renamed onto a variable meanwhile */
+    if (r == 0 && node->ops == &env_key_ops &&
+        !node->removed) { /* it has been renamed onto a variable meanwhile */
         struct var_change set = {.name = node->name,
                                  .bytes = scratch->content.data ? scratch->content.data : "",
                                  .length = scratch->content.len};
@@ -212,6 +213,19 @@ static void scratch_write_file(struct handle *handle, const char *data, size_t l
         env_commit(node, &set, 1, scratch_written, handle, rq);
         return;
     }
+    if (r < 0)
+        request_answer(rq, r);
+    else
+        request_answer_written(rq, length);
+}
+
+void scratch_write_astray(struct handle *handle, const char *data, size_t length, off_t offset,
+                          struct request *rq) {
+    struct node *node = handle->node;
+    struct scratch *scratch = node->ops == &scratch_file_ops ? node->object : NULL;
+    if (scratch && (handle->flags & O_APPEND))
+        offset = (off_t)scratch->content.len;
+    int r = scratch ? scratch_explain(node, scratch_write(scratch, data, length, offset)) : 0;
     if (r < 0)
         request_answer(rq, r);
     else

@@ -23,6 +23,11 @@ void scratch_mkdir(struct node *dir, struct scratches *table, const char *name, 
 int scratch_list(struct node *dir, struct scratches *table, struct node_list *list);
 /* `directory`: rmdir, else unlink. */
 void scratch_unlink(struct node *dir, struct scratch *scratch, bool directory, struct request *rq);
+/* A WRITE by a handle that was opened as something else: what its node is now takes it, if that is
+ * scratch; else nobody. */
+void scratch_write_astray(struct handle *handle, const char *data, size_t length, off_t offset,
+                          struct request *rq);
+
 /* A rename of scratch onto another name of scratch, or onto none. */
 void scratch_rename_node(struct node *dir, struct scratches *table, struct scratch *scratch,
                          const char *new_name, unsigned flags, struct request *rq);

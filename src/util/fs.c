@@ -75,7 +75,8 @@ static int fs_sync_parent(const char *path) {
     return fd < 0 || fsync(fd) < 0 ? -errno : 0;
 }
 
-static int fs_replace_file(const char *path, mode_t mode, const void *data, size_t length, bool sync) {
+static int fs_replace_file(const char *path, mode_t mode, const void *data, size_t length,
+                           bool sync) {
     cleanup_buf struct buf temporary = {0};
     buf_printf(&temporary, "%s.XXXXXX", path);
     if (temporary.failed)
@@ -84,7 +85,8 @@ static int fs_replace_file(const char *path, mode_t mode, const void *data, size
     if (fd < 0)
         return -errno;
     int r = fs_write_all(fd, data, length);
-    if (r == 0 && (fchmod(fd, mode) < 0 || (sync && fsync(fd) < 0) || rename(temporary.data, path) < 0))
+    if (r == 0 &&
+        (fchmod(fd, mode) < 0 || (sync && fsync(fd) < 0) || rename(temporary.data, path) < 0))
         r = -errno;
     if (r < 0)
         unlink(temporary.data);

@@ -16,7 +16,8 @@ int fs_read(const char *path, size_t most, struct buf *out);
 /* Replaces a file by rename: temporary file beside it, fsync, rename, fsync of the directory. */
 int fs_replace(const char *path, mode_t mode, const void *data, size_t length);
 
-/* The same without waiting for the disk: safe from the end of this process, not from that of the host. */
+/* The same without waiting for the disk: safe from the end of this process, not from that of the
+ * host. */
 int fs_replace_fast(const char *path, mode_t mode, const void *data, size_t length);
 
 /* Removes a directory and all that is in it, not following links. */

@@ -30,7 +30,7 @@ static int daemon_fail(char **ret_why, int status, const char *what, const char 
 /* A directory of ours: nobody else's, open to nobody else. */
 static int daemon_own_directory(const char *path, char **ret_why) {
     struct stat st;
-    int r = fs_mkdir_all(path, 0700);
+    int r = fs_mkdir_all(path, 0700); /* what is there already stays as it is */
     if (r == 0 && lstat(path, &st) < 0)
         r = -errno;
     if (r < 0)
@@ -38,9 +38,15 @@ static int daemon_own_directory(const char *path, char **ret_why) {
     if (!S_ISDIR(st.st_mode) || st.st_uid != getuid())
         return daemon_fail(ret_why, -EPERM,
                            "is not a directory of the user who starts vmsfs:", path);
-    if ((st.st_mode & 077) && chmod(path, 0700) < 0)
-        return daemon_fail(ret_why, -errno, "cannot make private:", path);
-    return 0;
+    if ((st.st_mode & 022) == 0)
+        return 0; /* what is in it is private by itself */
+    if (asprintf(ret_why,
+                 "%s can be written by other users of this host: `chmod 700` it if it is for vmsfs "
+                 "alone, or "
+                 "choose another directory with -o state=DIR",
+                 path) < 0)
+        *ret_why = NULL;
+    return -EPERM;
 }
 
 static int daemon_lock(struct daemon *d, char **ret_why) {
@@ -204,14 +210,18 @@ void daemon_close(struct daemon *d) {
     d->housekeeping = NULL;
     for (vm = RB_MIN(vm_index, &d->vms); vm; vm = next) {
         next = RB_NEXT(vm_index, &d->vms, vm);
+        if (uv_is_active((uv_handle_t *)vm->save_timer))
+            vm_save(vm);
         if (!vm->saving) /* else when its record has been written */
             vm_release(vm);
     }
 }
 
 void daemon_free(struct daemon *d) {
-    if (d->lock_fd >= 0)
+    if (d->lock_fd >= 0) {
+        rmdir(d->settings.runtime_dir); /* unless VMs go on running */
         close(d->lock_fd);
+    }
     free(d->key_path);
     free(d->key_public);
     free(d->backend_note);

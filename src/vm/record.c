@@ -124,6 +124,15 @@ void vm_save(struct vm *vm) {
         record_start(vm);
 }
 
+static void record_due(uv_timer_t *timer) {
+    vm_save(timer->data);
+}
+
+void vm_save_soon(struct vm *vm) {
+    if (!uv_is_active((uv_handle_t *)vm->save_timer))
+        uv_timer_start(vm->save_timer, record_due, VM_SAVE_SOON_MS, 0);
+}
+
 static const char *record_text(const json_t *record, const char *key) {
     return json_string_value(json_object_get(record, key));
 }

@@ -59,18 +59,21 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->env_scratch = scratches_new(vm);
     vm->vm_scratch = scratches_new(vm);
     vm->timer = malloc(sizeof *vm->timer);
+    vm->save_timer = malloc(sizeof *vm->save_timer);
     if (!vm->id || !vm->dir || !vm->image || !vm->vars || !vm->control || !vm->commands ||
-        !vm->env_scratch || !vm->vm_scratch || !vm->timer) {
+        !vm->env_scratch || !vm->vm_scratch || !vm->timer || !vm->save_timer) {
         control_free(vm->control);
         commands_free(vm->commands);
         scratches_free(vm->env_scratch);
         scratches_free(vm->vm_scratch);
         free(vm->timer);
+        free(vm->save_timer);
         vm_unref(vm);
         return NULL;
     }
     uv_timer_init(d->loop, vm->timer);
-    vm->timer->data = vm;
+    uv_timer_init(d->loop, vm->save_timer);
+    vm->timer->data = vm->save_timer->data = vm;
     return vm;
 }
 
@@ -119,7 +122,8 @@ static void vm_shut(struct vm *vm) {
     vm->commands = NULL;
     vm->env_scratch = vm->vm_scratch = NULL;
     uv_close((uv_handle_t *)vm->timer, (uv_close_cb)free);
-    vm->timer = NULL;
+    uv_close((uv_handle_t *)vm->save_timer, (uv_close_cb)free);
+    vm->timer = vm->save_timer = NULL;
 }
 
 void vm_release(struct vm *vm) {

@@ -155,14 +155,22 @@ int scratch_rename(struct scratch *scratch, const char *new_name) {
     return 0;
 }
 
+int scratch_check_room(const struct scratch *scratch, size_t size) {
+    const struct scratches *table = scratch->table;
+    size_t was = scratch->content.len;
+    if (size > SCRATCH_FILE_LIMIT)
+        return -ERR_TOO_LARGE;
+    return table && size > was && table->bytes + (size - was) > SCRATCH_BYTES_LIMIT ? -ERR_NO_ROOM
+                                                                                    : 0;
+}
+
 int scratch_resize(struct scratch *scratch, off_t size) {
     struct scratches *table = scratch->table;
     struct buf *content = &scratch->content;
     size_t was = content->len;
-    if (size < 0 || size > SCRATCH_FILE_LIMIT)
-        return -ERR_TOO_LARGE;
-    if (table && (size_t)size > was && table->bytes + ((size_t)size - was) > SCRATCH_BYTES_LIMIT)
-        return -ERR_NO_ROOM;
+    int r = size < 0 ? -ERR_TOO_LARGE : scratch_check_room(scratch, (size_t)size);
+    if (r < 0)
+        return r;
     static const char zeros[4096];
     while (content->len < (size_t)size && !content->failed) {
         size_t more = (size_t)size - content->len;

@@ -62,6 +62,8 @@ int scratch_rename(struct scratch *scratch, const char *new_name);
  * -ERR_NO_ROOM. */
 int scratch_write(struct scratch *scratch, const char *data, size_t length, off_t offset);
 int scratch_resize(struct scratch *scratch, off_t size);
+/* Could it have this size? */
+int scratch_check_room(const struct scratch *scratch, size_t size);
 
 struct scratch *scratch_ref(struct scratch *scratch);
 void scratch_unref(struct scratch *scratch);

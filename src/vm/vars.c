@@ -123,6 +123,15 @@ struct var *vars_create(struct vars *vars, const char *name) {
     return var;
 }
 
+void vars_abandon(struct vars *vars, const char *name) {
+    struct var *var = vars_find(vars, name);
+    if (!var)
+        return;
+    var->creating = 0;
+    var->truncated = 0;
+    vars_drop_unused(vars, var);
+}
+
 void vars_uncreate(struct vars *vars, const char *name) {
     struct var *var = vars_find(vars, name);
     if (!var || !var->creating)

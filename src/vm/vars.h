@@ -72,6 +72,7 @@ struct var_change {
     const char *name;
     const char *bytes; /* NULL: unset */
     size_t length;
+    bool append; /* the bytes come behind those that are there when it is done */
 };
 
 /* Checks and takes a set of changes that take effect together or not at all (bytes are copied).
@@ -95,6 +96,13 @@ size_t var_value_length(const char *bytes, size_t length);
 
 /* Says that the guest's shells keep this name for themselves. */
 int vars_refuse_reserved(struct vm *vm, const char *name);
+
+/* The bytes of a variable as they will be when everything is done that has been asked for. False:
+ * it will not be set. */
+bool vars_newest(struct vars *vars, const char *name, struct buf *out);
+
+/* Its name has been removed: who was still creating or truncating it does so no more. */
+void vars_abandon(struct vars *vars, const char *name);
 
 /* Makes sure that what is known is not older than VAR_FRESH_MS. 1: it is, no wait needed; 0: `wait`
  * is told when it is; else -ERR_…. */

@@ -23,8 +23,17 @@ struct vars_commit {
         char *name;
         char *bytes; /* NULL: unset */
         size_t length;
+        bool append;  /* to what is there by then */
         size_t order; /* among the changes of a batch */
     } changes[];
+};
+
+/* What all changes of a batch together do to one variable. */
+struct vars_effect {
+    const char *name; /* of a change */
+    bool set;         /* else it is unset */
+    bool onto;        /* the bytes come behind those of the table */
+    struct buf bytes;
 };
 
 struct vars_batch {
@@ -33,7 +42,7 @@ struct vars_batch {
     bool to_guest; /* else to the disk */
     bool replace;  /* what is not in the overlay is unset */
     size_t count;
-    struct vars_commit_change *overlay[]; /* sorted by name, each name once; owned by the commits */
+    struct vars_effect overlay[]; /* sorted by name, each name once */
 };
 
 static void commit_free(struct vars_commit *commit) {
@@ -65,6 +74,7 @@ static struct vars_commit *commit_new(const struct var_change *changes, size_t c
         struct vars_commit_change *c = &commit->changes[commit->count++];
         c->name = strdup(changes[i].name);
         c->length = changes[i].length;
+        c->append = changes[i].append;
         if (changes[i].bytes) {
             c->bytes = malloc(c->length + 1);
             if (c->bytes && c->length)
@@ -78,73 +88,121 @@ static struct vars_commit *commit_new(const struct var_change *changes, size_t c
     return commit;
 }
 
-static size_t change_size(const char *name, const char *bytes, size_t length) {
-    return bytes ? strlen(name) + length : 0;
-}
-
-/* What `name` will take when everything that is pending is done. */
-static size_t vars_pending_size(struct vars *vars, const char *name) {
-    static const struct vars_commit_change unset;
-    const struct vars_commit_change *found = NULL;
-    for (int i = 0; i < 2; i++) {
-        struct list *head = i == 0 ? (vars->flight ? &vars->flight->commits : NULL) : &vars->queued;
-        for (struct list *l = head ? head->next : NULL; l && l != head; l = l->next) {
-            struct vars_commit *commit = LIST_OWNER(l, struct vars_commit, link);
+/* Visits every pending change of `name`, in order; NULL: everything is replaced, so it is unset. */
+static void vars_each_pending(const struct vars *vars, const char *name,
+                              void (*visit)(void *arg, const struct vars_commit_change *change),
+                              void *arg) {
+    const struct list *heads[] = {vars->flight ? &vars->flight->commits : NULL, &vars->queued};
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++)
+        for (struct list *l = heads[i] ? heads[i]->next : NULL; l && l != heads[i]; l = l->next) {
+            const struct vars_commit *commit = LIST_OWNER(l, struct vars_commit, link);
             if (commit->replace)
-                found = &unset;
+                visit(arg, NULL);
             for (size_t c = 0; c < commit->count; c++)
                 if (strcmp(commit->changes[c].name, name) == 0)
-                    found = &commit->changes[c];
+                    visit(arg, &commit->changes[c]);
         }
-    }
-    if (found)
-        return change_size(name, found->bytes, found->length);
-    const struct var *var = vars_find(vars, name);
-    return var && var->set ? change_size(name, var->bytes, var->length) : 0;
 }
 
-/* What is pending has changed in an unforeseen way: count anew. */
+static void effect_apply(struct vars_effect *effect, const struct vars_commit_change *change) {
+    if (!change || !change->append) {
+        buf_clear(&effect->bytes);
+        effect->onto = false;
+    }
+    effect->set = change && change->bytes;
+    if (effect->set)
+        buf_append(&effect->bytes, change->bytes, change->length);
+}
+
+static void effect_visit(void *arg, const struct vars_commit_change *change) {
+    effect_apply(arg, change);
+}
+
+static void effect_free(struct vars_effect *effect) {
+    if (effect->bytes.data)
+        explicit_bzero(effect->bytes.data, effect->bytes.len);
+    buf_free(&effect->bytes);
+}
+
+bool vars_newest(struct vars *vars, const char *name, struct buf *out) {
+    const struct var *var = vars_find(vars, name);
+    struct vars_effect effect = {.name = name, .set = var && var->set};
+    if (effect.set)
+        buf_append(&effect.bytes, var->bytes, var->length);
+    vars_each_pending(vars, name, effect_visit, &effect);
+    if (effect.set)
+        buf_append(out, effect.bytes.data, effect.bytes.len);
+    out->failed |= effect.bytes.failed;
+    effect_free(&effect);
+    return effect.set;
+}
+
+/* Bytes of the value; -1: unset. */
+struct vars_size {
+    ssize_t length;
+};
+
+static void size_visit(void *arg, const struct vars_commit_change *change) {
+    struct vars_size *size = arg;
+    if (!change || !change->bytes)
+        size->length = -1;
+    else if (change->append && size->length > 0)
+        size->length += (ssize_t)change->length;
+    else
+        size->length = (ssize_t)change->length;
+}
+
+/* The length that `name` will have when everything that is pending is done; -1: it will not be set.
+ */
+static ssize_t vars_pending_length(const struct vars *vars, const char *name) {
+    const struct var *var = vars_find((struct vars *)(uintptr_t)vars, name);
+    struct vars_size size = {var && var->set ? (ssize_t)var->length : -1};
+    vars_each_pending(vars, name, size_visit, &size);
+    return size.length;
+}
+
+static size_t sized(const char *name, ssize_t length) {
+    return length < 0 ? 0 : strlen(name) + (size_t)length;
+}
+
+/* What is pending has changed in an unforeseen way (a batch has failed, the guest's file was
+ * changed): count anew. */
 static void vars_project(struct vars *vars) {
-    vars->projected = vars->total;
-    struct list pending;
+    struct list pending, *link;
     list_init(&pending);
     list_splice(&pending, &vars->queued);
-    struct list *link;
+    vars->projected = vars->total;
     while ((link = list_pop(&pending))) {
         struct vars_commit *commit = LIST_OWNER(link, struct vars_commit, link);
         if (commit->replace)
             vars->projected = 0;
         for (size_t i = 0; i < commit->count; i++) {
             const struct vars_commit_change *c = &commit->changes[i];
-            vars->projected += change_size(c->name, c->bytes, c->length);
-            if (!commit->replace)
-                vars->projected -= vars_pending_size(vars, c->name);
+            struct vars_size size = {commit->replace ? -1 : vars_pending_length(vars, c->name)};
+            vars->projected -= sized(c->name, size.length);
+            size_visit(&size, c);
+            vars->projected += sized(c->name, size.length);
         }
         list_append(&vars->queued, &commit->link);
     }
 }
 
-/* By name, and of one name the newest first. */
-static int overlay_compare(const void *a, const void *b) {
+static int change_compare(const void *a, const void *b) {
     const struct vars_commit_change *const *x = a, *const *y = b;
     int order = strcmp((*x)->name, (*y)->name);
-    return order ? order : (*x)->order > (*y)->order ? -1 : 1;
+    return order ? order : (*x)->order < (*y)->order ? -1 : 1;
 }
 
-/* Takes all that is queued. The overlay is the last change of each name since the last commit that
- * replaces everything. */
-static struct vars_batch *batch_new(struct vars *vars) {
-    size_t count = 0, order = 0;
-    for (struct list *l = vars->queued.next; l != &vars->queued; l = l->next)
-        count += LIST_OWNER(l, struct vars_commit, link)->count;
-    struct vars_batch *batch = calloc(1, sizeof *batch + count * sizeof *batch->overlay);
-    if (!batch)
-        return NULL;
-    batch->vars = vars;
-    list_init(&batch->commits);
-    list_splice(&batch->commits, &vars->queued);
+static void batch_free(struct vars_batch *batch) {
+    for (size_t i = 0; i < batch->count; i++)
+        effect_free(&batch->overlay[i]);
+    free(batch);
+}
 
-    count = 0;
+/* The changes of all commits since the last that replaces everything, by name and in their order.
+ */
+static size_t batch_sort(struct vars_batch *batch, struct vars_commit_change **changes) {
+    size_t count = 0, order = 0;
     for (struct list *l = batch->commits.next; l != &batch->commits; l = l->next) {
         struct vars_commit *commit = LIST_OWNER(l, struct vars_commit, link);
         if (commit->replace) {
@@ -153,20 +211,61 @@ static struct vars_batch *batch_new(struct vars *vars) {
         }
         for (size_t i = 0; i < commit->count; i++) {
             commit->changes[i].order = order++;
-            batch->overlay[count++] = &commit->changes[i];
+            changes[count++] = &commit->changes[i];
         }
     }
     if (count)
-        qsort(batch->overlay, count, sizeof *batch->overlay, overlay_compare);
-    for (size_t i = 0; i < count; i++)
-        if (batch->count == 0 ||
-            strcmp(batch->overlay[i]->name, batch->overlay[batch->count - 1]->name) != 0)
-            batch->overlay[batch->count++] = batch->overlay[i];
-    return batch;
+        qsort(changes, count, sizeof *changes, change_compare);
+    return count;
+}
+
+/* Takes all that is queued. */
+static struct vars_batch *batch_new(struct vars *vars) {
+    size_t count = 0;
+    for (struct list *l = vars->queued.next; l != &vars->queued; l = l->next)
+        count += LIST_OWNER(l, struct vars_commit, link)->count;
+    struct vars_batch *batch = calloc(1, sizeof *batch + count * sizeof *batch->overlay);
+    cleanup_free struct vars_commit_change **changes = calloc(count + 1, sizeof *changes);
+    if (!batch || !changes) {
+        free(batch);
+        return NULL;
+    }
+    batch->vars = vars;
+    list_init(&batch->commits);
+    list_splice(&batch->commits, &vars->queued);
+    count = batch_sort(batch, changes);
+    int failed = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct vars_effect *effect = batch->count ? &batch->overlay[batch->count - 1] : NULL;
+        if (!effect || strcmp(effect->name, changes[i]->name) != 0) {
+            effect = &batch->overlay[batch->count++];
+            *effect = (struct vars_effect){.name = changes[i]->name, .onto = !batch->replace};
+        }
+        effect_apply(effect, changes[i]);
+        failed |= effect->bytes.failed;
+    }
+    if (!failed)
+        return batch;
+    list_splice(&vars->queued, &batch->commits);
+    batch_free(batch);
+    return NULL;
 }
 
 const struct vars_batch *vars_disk_batch(const struct vars *vars) {
     return vars->flight && !vars->flight->to_guest ? vars->flight : NULL;
+}
+
+/* Visits a variable as it will be. */
+static int effect_show(const struct vars_effect *effect, const struct var *var,
+                       int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
+                       void *arg) {
+    cleanup_buf struct buf bytes = {0};
+    if (!effect->set)
+        return 0;
+    if (effect->onto && var && var->set)
+        buf_append(&bytes, var->bytes, var->length);
+    buf_append(&bytes, effect->bytes.data, effect->bytes.len);
+    return bytes.failed ? bytes.failed : visit(arg, effect->name, bytes.data, bytes.len);
 }
 
 int vars_walk(const struct vars *vars, const struct vars_batch *batch,
@@ -177,14 +276,12 @@ int vars_walk(const struct vars *vars, const struct vars_batch *batch,
     size_t at = 0, count = batch ? batch->count : 0;
     int r = 0;
     while (r == 0 && (var || at < count)) {
-        int order = !var ? 1 : at == count ? -1 : strcmp(var->name, batch->overlay[at]->name);
+        int order = !var ? 1 : at == count ? -1 : strcmp(var->name, batch->overlay[at].name);
         if (order < 0) {
             if (var->set && !(batch && batch->replace))
                 r = visit(arg, var->name, var->bytes, var->length);
         } else {
-            const struct vars_commit_change *c = batch->overlay[at++];
-            if (c->bytes)
-                r = visit(arg, c->name, c->bytes, c->length);
+            r = effect_show(&batch->overlay[at++], order == 0 ? var : NULL, visit, arg);
         }
         if (order <= 0)
             var = RB_NEXT(var_index, index, var);
@@ -192,28 +289,38 @@ int vars_walk(const struct vars *vars, const struct vars_batch *batch,
     return r;
 }
 
+/* env_file_format() wants them all together. */
 struct vars_format {
     struct env_var *vars;
     size_t count;
+    struct buf values;
 };
 
 static int vars_format_one(void *arg, const char *name, const char *bytes, size_t length) {
     struct vars_format *format = arg;
+    size_t at = format->values.len, value = var_value_length(bytes, length);
+    buf_append(&format->values, bytes, value);
+    /* The buffer may move: offsets, until all is there. */
     format->vars[format->count++] =
-        (struct env_var){name, strlen(name), bytes, var_value_length(bytes, length)};
-    return 0;
+        (struct env_var){name, strlen(name), (const char *)(uintptr_t)at, value};
+    return format->values.failed;
 }
 
 int vars_format(const struct vars *vars, const struct vars_batch *batch, struct buf *out) {
     size_t most = vars_count(vars) + (batch ? batch->count : 0);
     struct vars_format format = {.vars = calloc(most + 1, sizeof *format.vars)};
-    if (!format.vars)
-        return -ERR_NO_MEMORY;
-    vars_walk(vars, batch, vars_format_one, &format);
-    env_file_format(out, format.vars, format.count, vars->kept.data ? vars->kept.data : "",
-                    vars->kept.len);
+    int r = format.vars ? vars_walk(vars, batch, vars_format_one, &format) : -ERR_NO_MEMORY;
+    for (size_t i = 0; i < format.count; i++)
+        format.vars[i].value =
+            format.values.data ? format.values.data + (uintptr_t)format.vars[i].value : "";
+    if (r == 0)
+        env_file_format(out, format.vars, format.count, vars->kept.data ? vars->kept.data : "",
+                        vars->kept.len);
+    if (format.values.data)
+        explicit_bzero(format.values.data, format.values.len);
+    buf_free(&format.values);
     free(format.vars);
-    return out->failed;
+    return r < 0 ? r : out->failed;
 }
 
 /* Unsets what a batch that replaces everything does not name. */
@@ -222,11 +329,15 @@ static void vars_drop_others(struct vars *vars, const struct vars_batch *batch) 
     size_t at = 0;
     for (var = RB_MIN(var_index, &vars->index); var; var = next) {
         next = RB_NEXT(var_index, &vars->index, var);
-        while (at < batch->count && strcmp(batch->overlay[at]->name, var->name) < 0)
+        while (at < batch->count && strcmp(batch->overlay[at].name, var->name) < 0)
             at++;
-        if (at == batch->count || strcmp(batch->overlay[at]->name, var->name) != 0)
+        if (at == batch->count || strcmp(batch->overlay[at].name, var->name) != 0)
             vars_unset(vars, var->name);
     }
+}
+
+static int vars_take_one(void *arg, const char *name, const char *bytes, size_t length) {
+    return vars_set(arg, name, bytes, length);
 }
 
 /* The batch has its verdict. */
@@ -239,11 +350,11 @@ void vars_batch_end(struct vars *vars, int status) {
         if (batch->replace)
             vars_drop_others(vars, batch);
         for (size_t i = 0; i < batch->count && status == 0; i++) {
-            const struct vars_commit_change *c = batch->overlay[i];
-            if (c->bytes)
-                status = vars_set(vars, c->name, c->bytes, c->length);
+            const struct vars_effect *effect = &batch->overlay[i];
+            if (effect->set)
+                status = effect_show(effect, vars_find(vars, effect->name), vars_take_one, vars);
             else
-                vars_unset(vars, c->name);
+                vars_unset(vars, effect->name);
         }
     }
     vars_project(vars);
@@ -251,12 +362,12 @@ void vars_batch_end(struct vars *vars, int status) {
     list_init(&commits);
     list_splice(&commits, &batch->commits);
     bool to_guest = batch->to_guest;
-    free(batch);
-    if (to_guest && status == 0)
-        vars_seal_soon(vars);
-    if (to_guest && status == 0 && !list_is_empty(&commits))
-        vm_save(vars->vm);
+    batch_free(batch);
     commits_end(&commits, status);
+    if (to_guest && status == 0) { /* the guest has it: the record has time */
+        vars_seal_soon(vars);
+        vm_save_soon(vars->vm);
+    }
     vars_start_batch(vars);
     vars_attach_step(vars);
 }
@@ -265,7 +376,7 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
     struct vars_batch *batch = arg;
     struct vars *vars = batch->vars;
     if (!vars) {
-        free(batch);
+        batch_free(batch);
         return;
     }
     if (status == GUEST_CHANGED && vars->retries++ < VARS_RETRIES) {
@@ -346,33 +457,43 @@ int vars_refuse_reserved(struct vm *vm, const char *name) {
         name);
 }
 
+/* One change, on a variable that has `size` before it (and after it, when it is right). */
+static int vars_check_change(struct vm *vm, const struct var_change *c, struct vars_size *size) {
+    struct vars_commit_change change = {
+        .bytes = (char *)(uintptr_t)c->bytes, .length = c->length, .append = c->append};
+    if (!env_name_is_valid(c->name, strlen(c->name)))
+        return vm_fail(vm, -ERR_INVALID, "env: a variable cannot have this name");
+    if (c->bytes && vm->guest->name_is_reserved(c->name) && size->length < 0)
+        return vars_refuse_reserved(vm, c->name);
+    if (c->bytes && memchr(c->bytes, 0, c->length))
+        return vm_fail(vm, -ERR_INVALID,
+                       "env/%s: the value has a NUL byte, which no environment variable can hold",
+                       c->name);
+    size_visit(size, &change);
+    /* One more byte may be the newline that is not part of the value. */
+    bool newline = c->bytes && c->length && c->bytes[c->length - 1] == '\n';
+    if (sized(c->name, size->length) > VAR_LIMIT + (size_t)newline)
+        return vm_fail(vm, -ERR_TOO_LARGE, "env/%s: a value takes %d bytes at most, with its name",
+                       c->name, VAR_LIMIT);
+    return 0;
+}
+
 static int vars_check(struct vars *vars, const struct var_change *changes, size_t count,
                       bool replace, ssize_t *ret_growth) {
-    struct vm *vm = vars->vm;
     ssize_t growth = replace ? -(ssize_t)vars->projected : 0;
     for (size_t i = 0; i < count; i++) {
         const struct var_change *c = &changes[i];
-        size_t there = replace ? 0 : vars_pending_size(vars, c->name);
-        if (!c->bytes) {
-            growth -= (ssize_t)there;
-            continue;
-        }
-        if (vm->guest->name_is_reserved(c->name) && !vars_pending_size(vars, c->name))
-            return vars_refuse_reserved(vm, c->name);
-        if (memchr(c->bytes, 0, c->length))
-            return vm_fail(
-                vm, -ERR_INVALID,
-                "env/%s: the value has a NUL byte, which no environment variable can hold",
-                c->name);
-        if (strlen(c->name) + var_value_length(c->bytes, c->length) > VAR_LIMIT)
-            return vm_fail(vm, -ERR_TOO_LARGE,
-                           "env/%s: a value takes %d bytes at most, with its name", c->name,
-                           VAR_LIMIT);
-        growth += (ssize_t)change_size(c->name, c->bytes, c->length) - (ssize_t)there;
+        struct vars_size size = {vars_pending_length(vars, c->name)};
+        if (!replace)
+            growth -= (ssize_t)sized(c->name, size.length);
+        int r = vars_check_change(vars->vm, c, &size);
+        if (r < 0)
+            return r;
+        growth += (ssize_t)sized(c->name, size.length);
     }
     if ((ssize_t)vars->projected + growth > VARS_LIMIT && (growth > 0 || replace))
         return vm_fail(
-            vm, -ERR_NO_ROOM,
+            vars->vm, -ERR_NO_ROOM,
             "env/%s: the variables of a VM take %d bytes at most, all together; remove some",
             changes[0].name, VARS_LIMIT);
     *ret_growth = growth;
@@ -439,7 +560,7 @@ void vars_fail_all(struct vars *vars, int status) {
         if (batch->to_guest && !vars->rereading)
             batch->vars = NULL;
         else
-            free(batch);
+            batch_free(batch);
     }
     vars->rereading = false;
     list_splice(&failed, &vars->queued);

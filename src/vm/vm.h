@@ -79,9 +79,10 @@ struct vm {
     struct control *control;       /* resident shell */
     struct commands *commands;     /* runs commands in the guest */
 
-    uv_timer_t *timer; /* boot deadline */
-    bool destroying;   /* rmdir has begun */
-    bool attached;     /* the guest of this boot has been heard: its file is the truth */
+    uv_timer_t *timer;      /* boot deadline */
+    uv_timer_t *save_timer; /* see vm_save_soon() */
+    bool destroying;        /* rmdir has begun */
+    bool attached;          /* the guest of this boot has been heard: its file is the truth */
     bool saving, save_again;
     bool boot_again;       /* the last daemon ended before it had started the VMM */
     struct list end_waits; /* of vm_wait: woken when destroyed */
@@ -132,6 +133,9 @@ bool vm_ssh_config(const struct vm *vm, struct buf *out);
 
 /* Writes the VM's record (vm.json) soon, off the loop. */
 void vm_save(struct vm *vm);
+/* The same within VM_SAVE_SOON_MS, so that a burst is one writing. */
+#define VM_SAVE_SOON_MS 100
+void vm_save_soon(struct vm *vm);
 
 /* Private to the VM layer. */
 

@@ -66,11 +66,17 @@ static int process_read_start_time(pid_t pid, uint64_t *ret_time) {
 }
 
 /* Start times count from the boot: after another one, pid and time may both fit a stranger. */
+/* The same for as long as we live. */
 static int boot_id_read(char *data) {
-    ssize_t length = file_read_start("/proc/sys/kernel/random/boot_id", data, PROCESS_BOOT_ID_SIZE);
-    if (length < 0)
-        return (int)length;
-    data[strcspn(data, "\n")] = '\0';
+    static char boot_id[PROCESS_BOOT_ID_SIZE];
+    if (!boot_id[0]) {
+        ssize_t length =
+            file_read_start("/proc/sys/kernel/random/boot_id", boot_id, PROCESS_BOOT_ID_SIZE);
+        if (length < 0)
+            return (int)length;
+        boot_id[strcspn(boot_id, "\n")] = '\0';
+    }
+    memcpy(data, boot_id, PROCESS_BOOT_ID_SIZE);
     return 0;
 }
 

@@ -1,0 +1,493 @@
+"""ID/environ: all variables in one file."""
+
+import errno
+import os
+import re
+import subprocess
+
+import pytest
+
+from harness import SHELLS, Client, read, read_bytes, refused, sh, wait_for, write
+from tools_env import Reader, clean_env, environment, guest_file, guest_keys, keys
+
+NASTY = {
+    "A_QUOTE": b"it's",
+    "B_LINES": b"one\n\n two\n",
+    "C_DOLLAR": b"$HOME ${X} $(reboot) `reboot` $$",
+    "D_BACK": b"\\ \\\\ \\n \\t",
+    "E_EMPTY": b"",
+    "F_SPACE": b"  a  b  ",
+    "G_COMMENT": b"a # no comment",
+    "H_DOUBLE": b'"x" "',
+    "I_UTF8": "Grüße 世界".encode(),
+    "J_EXPORT": b"x\nexport EVIL=1\nEVIL=2",
+    "K_BYTES": b"\xff\x80\x01\x7f",
+    "L_TILDE": b"~ * ? [a] {a,b} !x",
+    "M_CR": b"a\r\nb\r",
+}
+
+
+@pytest.fixture
+def clear(vm):
+    clean_env(vm)
+    yield vm
+    clean_env(vm)
+
+
+def environ(vm):
+    return vm / "environ"
+
+
+def set_all(vm, values):
+    for name, value in values.items():
+        write(vm.env(name), value + b"\n")
+
+
+def variables(output):
+    """What `env -0` has printed, without what every shell sets by itself."""
+    pairs = [part.split(b"=", 1) for part in output.split(b"\0") if part]
+    return {k.decode(): v for k, v in pairs if k not in (b"PWD", b"OLDPWD", b"SHLVL", b"_", b"PATH", b"PS1", b"PS2", b"PS4", b"IFS")}
+
+
+# --- reading ---
+
+
+def test_one_line_a_variable_sorted_and_quoted(clear):
+    for name, value in (("B", "2"), ("A", "it's"), ("_C", "x y")):
+        write(clear.env(name), value + "\n")
+    assert read(environ(clear)) == "A='it'\\''s'\nB='2'\n_C='x y'\n"
+    assert os.stat(environ(clear)).st_size == len(read(environ(clear)))
+    assert sh(f"stat -c %a '{environ(clear)}'").stdout == b"600\n"
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+def test_a_shell_that_sources_it_has_exactly_the_variables(clear, shell):
+    set_all(clear, NASTY)
+    argv = ["env", "-i", *[os.path.join("/usr/bin", SHELLS[shell][0]), *SHELLS[shell][1:]]]
+    done = subprocess.run(
+        argv + [f"set -a; . '{environ(clear)}'; exec /usr/bin/env -0"], capture_output=True, timeout=30, check=True
+    )
+    assert variables(done.stdout) == NASTY
+
+
+def test_without_export_they_are_the_shells_own(clear):
+    set_all(clear, {"A": b"1"})
+    done = subprocess.run(
+        ["env", "-i", "/bin/sh", "-c", f". '{environ(clear)}'; /usr/bin/env; echo A=$A"], capture_output=True, timeout=30
+    )
+    assert b"A=1" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["zsh", "ksh"])
+def test_other_shells_read_it_as_well(clear, shell):
+    set_all(clear, NASTY)
+    script = f". '{environ(clear)}'; printf '%s|' \"$A_QUOTE\" \"$B_LINES\" \"$C_DOLLAR\" \"$H_DOUBLE\" \"$J_EXPORT\" \"$EVIL\""
+    done = sh(script, shell)
+    wanted = [NASTY[k] for k in ("A_QUOTE", "B_LINES", "C_DOLLAR", "H_DOUBLE", "J_EXPORT")] + [b""]
+    assert done.stdout == b"|".join(wanted) + b"|"
+
+
+def test_its_own_text_changes_nothing(clear, tmp_path):
+    set_all(clear, NASTY)
+    before, in_guest = read_bytes(environ(clear)), guest_file(clear)
+    sh(f"cp '{environ(clear)}' '{tmp_path}/copy'; cp '{tmp_path}/copy' '{environ(clear)}'; cmp '{tmp_path}/copy' '{environ(clear)}'")
+    assert read_bytes(environ(clear)) == before
+    assert guest_file(clear) == in_guest
+
+
+def test_it_reads_the_newest_and_keeps_the_moment_of_the_open(clear):
+    write(clear.env("A"), "1")
+    fd = os.open(environ(clear), os.O_RDONLY)
+    try:
+        write(clear.env("A"), "2")
+        assert os.pread(fd, 100, 0) == b"A='1'\n"
+        assert read(environ(clear)) == "A='2'\n"
+    finally:
+        os.close(fd)
+    clear.ssh("echo 'export B=guest' >> /etc/profile.d/vmsfs_env.sh")
+    wait_for(lambda: read(environ(clear)) == "A='2'\nB='guest'\n", "the guest's variable", 2)
+
+
+def test_its_time_is_that_of_the_last_change(clear):
+    write(clear.env("A"), "1")
+    first = os.stat(environ(clear)).st_mtime_ns
+    read(environ(clear))
+    assert os.stat(environ(clear)).st_mtime_ns == first
+    write(clear.env("A"), "2")
+    assert os.stat(environ(clear)).st_mtime_ns > first
+
+
+# --- replacing and merging ---
+
+
+def test_writing_replaces_all(clear):
+    set_all(clear, {"GONE": b"x", "CHANGED": b"old", "SAME": b"same"})
+    write(environ(clear), "CHANGED='new'\nSAME=same\nADDED=\"1\"\n")
+    assert keys(clear) == guest_keys(clear) == ["ADDED", "CHANGED", "SAME"]
+    assert [clear.value(k) for k in ("ADDED", "CHANGED", "SAME")] == [b"1", b"new", b"same"]
+    assert not clear.is_set("GONE")
+    assert read(clear.env("CHANGED")) == "new\n"
+
+
+def test_appending_merges(clear, tmp_path):
+    set_all(clear, {"KEPT": b"x", "CHANGED": b"old"})
+    (tmp_path / "extra.env").write_text("# more\nCHANGED=new\nADDED=1\n")
+    sh(f"cat '{tmp_path}/extra.env' >> '{environ(clear)}'")
+    assert keys(clear) == guest_keys(clear) == ["ADDED", "CHANGED", "KEPT"]
+    assert [clear.value(k) for k in ("ADDED", "CHANGED", "KEPT")] == [b"1", b"new", b"x"]
+
+
+def test_cp_of_a_dotenv_file_replaces_all(clear, tmp_path):
+    set_all(clear, {"GONE": b"x"})
+    (tmp_path / "prod.env").write_text(
+        "# production\n\nDB_URL=postgres://u:p@h:5432/d?x=1&y=2\nexport TOKEN='s3cr$t'\nMOTD=\"line one\nline two\"\nEMPTY=\n"
+    )
+    sh(f"cp '{tmp_path}/prod.env' '{environ(clear)}'")
+    assert keys(clear) == guest_keys(clear) == ["DB_URL", "EMPTY", "MOTD", "TOKEN"]
+    assert clear.value("DB_URL") == b"postgres://u:p@h:5432/d?x=1&y=2"
+    assert clear.value("TOKEN") == b"s3cr$t"
+    assert clear.value("MOTD") == b"line one\nline two"
+    assert clear.value("EMPTY") == b"" and clear.is_set("EMPTY")
+
+
+@pytest.mark.parametrize("how", ["one write", "pieces", "lines by a shell", "two appends"])
+def test_it_is_one_state_however_it_is_written(clear, tmp_path, how):
+    set_all(clear, {"GONE": b"x", "A": b"old"})
+    text = "A='1'\nB='two\nlines'\nC=3\n"
+    path = environ(clear)
+    if how == "one write":
+        write(path, text)
+    elif how == "pieces":
+        with open(path, "w", 1, encoding="ascii") as f:  # a write a line
+            for line in text.splitlines(keepends=True):
+                f.write(line)
+    elif how == "lines by a shell":
+        sh(f"{{ echo \"A='1'\"; printf \"B='two\\nlines'\\n\"; echo C=3; }} > '{path}'")
+    else:
+        sh(f"echo \"A='1'\" >> '{path}'; {{ printf \"B='two\\nlines'\\n\"; echo C=3; }} >> '{path}'; rm '{clear.env('GONE')}'")
+    assert read(path) == "A='1'\nB='two\nlines'\nC='3'\n"
+    assert keys(clear) == ["A", "B", "C"]
+    assert clear.value("B") == b"two\nlines"
+    assert not clear.is_set("GONE")
+
+
+def test_the_same_name_twice_the_later_counts(clear):
+    write(environ(clear), "A=1\nB=2\nA=3\n")
+    assert read(environ(clear)) == "A='3'\nB='2'\n"
+    assert clear.value("A") == b"3"
+
+
+@pytest.mark.parametrize("how", [": > {}", "truncate -s 0 {}", "cp /dev/null {}", "printf '' > {}", "printf '\\n' > {}", "echo '# none' > {}"])
+def test_an_empty_file_unsets_all(clear, how):
+    set_all(clear, {"A": b"1", "B": b"2"})
+    sh(how.format(f"'{environ(clear)}'"))
+    wait_for(lambda: guest_keys(clear) == [], "no variable is left in the guest")
+    assert keys(clear) == []
+    assert read(environ(clear)) == ""
+    assert not clear.is_set("A")
+
+
+def test_an_empty_append_changes_nothing(clear):
+    set_all(clear, {"A": b"1"})
+    sh(f": >> '{environ(clear)}'; cat /dev/null >> '{environ(clear)}'; printf '\\n# nothing\\n' >> '{environ(clear)}'")
+    assert read(environ(clear)) == "A='1'\n"
+    assert clear.value("A") == b"1"
+
+
+def test_an_open_that_writes_nothing_changes_nothing(clear):
+    set_all(clear, {"A": b"1"})
+    os.close(os.open(environ(clear), os.O_RDWR))
+    with open(environ(clear), "r+", encoding="ascii") as f:
+        assert f.read() == "A='1'\n"
+        f.seek(0)
+        f.write("A='2'\n")
+    assert read(environ(clear)) == "A='2'\n"
+    assert clear.value("A") == b"2"
+
+
+def test_it_is_one_update_of_the_guest(clear):
+    before = clear.info()
+    write(environ(clear), "".join(f"ONE_{n}={n}\n" for n in range(100)))
+    after = clear.info()
+    assert after["env_updates"] == before["env_updates"] + 1
+    assert clear.value("ONE_99") == b"99"
+
+
+# --- what is accepted ---
+
+ACCEPTED = {
+    "bare": ("K=value", b"value"),
+    "export": ("export K=value", b"value"),
+    "export and blanks": ("  export \t K=value", b"value"),
+    "bare with spaces": ("K=a b  c", b"a b  c"),
+    "bare, blanks at the end": ("K=a b  \t", b"a b"),
+    "bare, comment": ("K=a b # comment", b"a b"),
+    "bare with a hash": ("K=a#b", b"a#b"),
+    "bare with equals": ("K=a=b==", b"a=b=="),
+    "bare URL": ("K=https://x/?a=1&b=2;c", b"https://x/?a=1&b=2;c"),
+    "bare with a quote inside": ("K=it's", b"it's"),
+    "bare backslash": ("K=C:\\dir\\n", b"C:\\dir\\n"),
+    "bare tilde": ("K=~/x*", b"~/x*"),
+    "empty": ("K=", b""),
+    "empty, quoted": ("K=''", b""),
+    "empty, comment": ("K= # nothing", b""),
+    "single": ("K='a \"b\" $HOME `x` \\n'", b'a "b" $HOME `x` \\n'),
+    "single over lines": ("K='a\n\n# no comment\nB=2\n'", b"a\n\n# no comment\nB=2\n"),
+    "single, comment": ("K='a' # comment", b"a"),
+    "a quote as sh writes it": ("K='it'\\''s'", b"it's"),
+    "double": ('K="a b"', b"a b"),
+    "double, escapes": ('K="a\\nb\\tc\\\\ \\" \\$x \\`"', b'a\nb\tc\\ " $x `'),
+    "double over lines": ('K="a\nb"', b"a\nb"),
+    "double, lone dollar": ('K="costs 5$"', b"costs 5$"),
+    "DOS lines": ("K=value\r", b"value"),
+    "no newline at the end": ("K=last", b"last"),
+    "UTF-8": ("K=Grüße", "Grüße".encode()),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_dotenv_is_accepted(clear, name):
+    text, value = ACCEPTED[name]
+    end = "" if name == "no newline at the end" else "\n"
+    write(environ(clear), "FIRST=1\n" + text + end)
+    assert clear.value("K") == value
+    assert read_bytes(clear.env("K")) == value + b"\n"
+    assert clear.value("FIRST") == b"1"
+    assert not clear.is_set("B")
+
+
+def test_a_byte_order_mark_and_comments_are_skipped(clear):
+    write(environ(clear), b"\xef\xbb\xbf# comment = x\n\n   # another\n\t\nK=1\n")
+    assert read(environ(clear)) == "K='1'\n"
+
+
+REFUSED = {
+    "no equals": ("JUST A LINE", 3),
+    "dash in the name": ("MY-VAR=1", 3),
+    "digit first": ("1A=1", 3),
+    "no name": ("=1", 3),
+    "blank before equals": ("K =1", 3),
+    "open single quote": ("K='a\nb\n", 3),
+    "open double quote": ('K="a\nb\n', 3),
+    "behind the quote": ("K='a' b", 3),
+    "command": ('K="$(reboot)"', 3),
+    "backquotes": ("K=`reboot`", 3),
+    "a variable": ('K="$HOME"', 3),
+    "braces": ("K=${HOME}", 3),
+    "bare variable": ("K=$HOME", 3),
+    "NUL": ("K=a\0b", 3),
+    "NUL in quotes": ("K='a\0b'", 3),
+    "sh": ("if true; then", 3),
+    "UID": ("UID=0", None),
+    "PPID": ("PPID=1", None),
+    "EUID": ("EUID=0", None),
+    "SHELLOPTS": ("SHELLOPTS=x", None),
+    "name of 256 bytes": ("N" * 256 + "=1", None),
+}
+
+
+@pytest.mark.parametrize("how", ["write", "append", "cp"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_line_fails_the_write_and_changes_nothing(clear, tmp_path, name, how):
+    bad, line = REFUSED[name]
+    write(environ(clear), "KEPT='1'\n")
+    in_guest, updates = guest_file(clear), clear.info()["env_updates"]
+    text = f"A=new\n# comment\n{bad}\nB=new\n"
+    if how == "write":
+        with refused("EINVAL"):
+            write(environ(clear), text)
+    else:
+        (tmp_path / "bad.env").write_text(text)
+        operator = f"cp '{tmp_path}/bad.env'" if how == "cp" else f"cat '{tmp_path}/bad.env' >>"
+        done = sh(f"{operator} '{environ(clear)}'", check=False)
+        assert done.returncode != 0 and b"Invalid argument" in done.stderr
+    error = clear.error()
+    assert "environ" in error or "env/" in error
+    if line:
+        assert re.search(rf"line {line}\b", error), error
+    else:
+        assert bad.split("=")[0][:30] in error
+    assert read(environ(clear)) == "KEPT='1'\n"
+    assert guest_file(clear) == in_guest
+    assert clear.info()["env_updates"] == updates
+    assert keys(clear) == ["KEPT"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_sees_that_its_line_is_bad(clear, shell):
+    write(environ(clear), "KEPT='1'\n")
+    for script in ("echo 'MY-VAR=1' > \"$F\"", "echo NOTHING >> \"$F\"", "printf 'A=1\\nB\\n' > \"$F\"", "echo \"A='open\" > \"$F\""):
+        done = sh(script, shell, check=False, F=environ(clear))
+        assert done.returncode != 0, script
+        assert done.stderr != b"", script
+    assert read(environ(clear)) == "KEPT='1'\n"
+    assert clear.value("KEPT") == b"1"
+
+
+def test_a_bad_line_says_nothing_of_its_value(clear):
+    with refused("EINVAL"):
+        write(environ(clear), "PASSWORD='hunter2' hunter3\nhunter4\n")
+    assert "hunter" not in clear.error()
+    assert "PASSWORD" in clear.error()
+
+
+def test_a_later_piece_that_is_bad_changes_nothing_else(clear):
+    """The lines before it may be there: they were acknowledged. Nothing that was there is lost."""
+    write(environ(clear), "KEPT='1'\n")
+    fd = os.open(environ(clear), os.O_WRONLY | os.O_TRUNC)
+    try:
+        os.write(fd, b"A=1\n")
+        with refused("EINVAL"):
+            os.write(fd, b"B-B=2\n")
+    finally:
+        os.close(fd)
+    assert clear.value("KEPT") == b"1"
+    assert "KEPT" in keys(clear)
+    assert not clear.is_set("B")
+
+
+@pytest.mark.parametrize("name", ["UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "OPTIND"])
+def test_a_name_that_shells_keep_for_themselves_is_refused(clear, name):
+    with refused("EINVAL"):
+        write(clear.env(name), "0\n")
+    assert name in clear.error()
+    with refused("EINVAL"):
+        write(environ(clear), f"A=1\n{name}=0\n")
+    assert name in clear.error()
+    with refused("EINVAL"):
+        os.close(os.open(clear.env(name), os.O_WRONLY | os.O_CREAT))
+    assert keys(clear) == []
+    assert clear.exec("echo well") == b"well\n"
+
+
+# --- large files ---
+
+
+def large(count=3000):
+    """Text of about 300 KB, with quotes and values of several lines."""
+    return "".join(f"BIG_{n:04}='value {n} of many'\\''s\nand a second line: {'x' * 60}'\n" for n in range(count))
+
+
+LARGE_WAYS = {
+    "cp": 'cp "$T/large" "$F"',
+    "cat": 'cat "$T/large" > "$F"',
+    "tee": 'tee "$F" < "$T/large" > /dev/null',
+    "rsync": 'rsync "$T/large" "$F"',
+    "dd bs=4096": 'dd if="$T/large" of="$F" bs=4096 status=none',
+    "dd bs=100": 'dd if="$T/large" of="$F" bs=100 status=none',
+    "dd bs=1000": 'dd if="$T/large" of="$F" bs=1000 status=none',
+    "dd bs=64k": 'dd if="$T/large" of="$F" bs=64k status=none',
+    "dd oflag=append": 'dd if="$T/large" of="$F" bs=1000 status=none oflag=append conv=notrunc; rm "$E/GONE"',
+    "dash loop": 'while IFS= read -r l; do printf "%s\\n" "$l"; done < "$T/large" > "$F"',
+}
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("how", LARGE_WAYS)
+def test_a_large_file_arrives_whole(clear, tmp_path, how):
+    text = large(300 if "loop" in how else 3000)
+    (tmp_path / "large").write_text(text)
+    write(clear.env("GONE"), "x\n")
+    sh("set -e; " + LARGE_WAYS[how], T=str(tmp_path), F=environ(clear), E=clear / "env")
+    assert read(environ(clear)) == text
+    names = re.findall(r"^(BIG_\d+)=", text, re.M)
+    assert guest_keys(clear) == names
+    assert clear.value(names[-1]).startswith(b"value %d of many's\nand" % (len(names) - 1))
+    assert not clear.is_set("GONE")
+
+
+@pytest.mark.deadline(200)
+def test_a_large_file_with_a_bad_line_changes_nothing(clear, tmp_path):
+    text = large()
+    count = text.count("\n")
+    (tmp_path / "bad").write_text(text + "BAD LINE\n" + "LAST=1\n")
+    write(environ(clear), "KEPT='1'\n")
+    for how in (f"cp '{tmp_path}/bad'", f"cat '{tmp_path}/bad' >", f"cat '{tmp_path}/bad' >>"):
+        done = sh(f"{how} '{environ(clear)}'", check=False)
+        assert done.returncode != 0, how
+        assert re.search(rf"line {count + 1}\b", clear.error()), clear.error()
+        assert read(environ(clear)) == "KEPT='1'\n"
+        assert guest_keys(clear) == ["KEPT"]
+
+
+def test_too_much_is_refused(clear):
+    write(environ(clear), "KEPT='1'\n")
+    with refused("ENOSPC"):
+        write(environ(clear), "".join(f"K{n}={'x' * 100000}\n" for n in range(8)) + "".join(f"L{n}={'x' * 100000}\n" for n in range(4)))
+    with refused("EFBIG"):
+        write(environ(clear), f"K={'x' * 140000}\n")
+    with refused("EFBIG"):
+        os.truncate(environ(clear), 1 << 50)
+    assert read(environ(clear)) == "KEPT='1'\n"
+    assert guest_keys(clear) == ["KEPT"]
+    # A file of the full size replaces another one.
+    full = "".join(f"K{n}='{'x' * 100000}'\n" for n in range(10))
+    for _ in range(2):
+        write(environ(clear), full)
+    assert read(environ(clear)) == full
+
+
+# --- atomic ---
+
+
+@pytest.mark.deadline(200)
+def test_a_reader_in_the_guest_never_sees_a_mixture(clear):
+    names = [f"MIX_{n:02}" for n in range(40)]
+    write(environ(clear), "".join(f"{name}=0\n" for name in names))
+    # All are the same, or sort -u says more than one line.
+    check = "env | grep ^MIX_ | cut -d= -f2 | sort | uniq -c | while read c v; do printf %s, $c; done"
+    with Reader(clear, check, "40,"):
+        for number in range(1, 60):
+            write(environ(clear), "".join(f"{name}={number}\n" for name in names))
+    assert clear.value("MIX_39") == b"59"
+
+
+@pytest.mark.deadline(200)
+def test_many_writers_of_environ_lose_nothing(clear):
+    script = 'i=0; while [ $i -lt 10 ]; do printf "W${W}_$i=%s\\nBOTH=$W\\n" "$i" >> "$F" || exit; i=$((i+1)); done'
+    clients = [Client(script, env=environment(W=str(w), F=environ(clear))) for w in range(6)]
+    for client in clients:
+        status, _, err = client.result(60)
+        assert status == 0, err
+    assert keys(clear) == guest_keys(clear) == sorted(["BOTH"] + [f"W{w}_{i}" for w in range(6) for i in range(10)])
+    assert clear.value("W5_9") == b"9"
+    assert clear.value("BOTH") in b"012345"
+
+
+# --- without a running guest ---
+
+
+@pytest.mark.deadline(200)
+def test_environ_of_a_vm_that_boots_or_is_stopped(daemon):
+    one = daemon()
+    os.mkdir(one.vm("a"))
+    vm = one.guest("a")
+    write(environ(vm), "A=1\nB=2\n")
+    with refused("EINVAL"):
+        write(environ(vm), "no line\n")
+    assert read(environ(vm)) == "A='1'\nB='2'\n"
+    vm.wait("running")
+    assert guest_keys(vm) == ["A", "B"]
+    vm.close()
+    write(vm / "status", "stopped\n")
+    sh(f"echo C=3 >> '{environ(vm)}'; sed -i /^A=/d '{environ(vm)}'")
+    assert read(environ(vm)) == "B='2'\nC='3'\n"
+    write(vm / "status", "running\n")
+    assert vm.status() == "running"
+    assert guest_keys(vm) == ["B", "C"]
+    assert vm.value("C") == b"3" and not vm.is_set("A")
+
+
+def test_errno_of_a_vm_that_is_gone(new_vm):
+    vm = new_vm("gone")
+    fd = os.open(environ(vm), os.O_WRONLY | os.O_APPEND)
+    try:
+        vm.close()
+        os.rmdir(vm.path)
+        with refused("ENODEV"):
+            os.write(fd, b"A=1\n")
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError) as caught:
+        read(environ(vm))
+    assert caught.value.errno == errno.ENOENT
