@@ -15,6 +15,9 @@
 #define GUEST_CHANGED 75
 #define GUEST_ABSENT 76
 
+/* The most of the env file that is read; one byte more tells that there is more. */
+#define GUEST_ENV_LIMIT (4 << 20)
+
 /* What is found out about a guest when it is first reached. */
 struct guest_facts {
     char shell[128]; /* the user's, if it understands sh; else /bin/sh */

@@ -51,11 +51,12 @@ static void linux_env_read(struct buf *out, const char *path) {
     linux_quoted(&target, path);
     out->failed |= target.failed;
     if (!out->failed)
-        buf_printf(out,
-                   "if ! [ -e %s ]; then command exec 7<&-; (exit %d); "
-                   "elif command exec 7<%s; then true >\"$VMSFS_SEEN\"; "
-                   "touch -r /etc/passwd %s \"$VMSFS_SEEN\" 2>/dev/null; cat <&7; else false; fi",
-                   target.data, GUEST_ABSENT, target.data, target.data);
+        buf_printf(
+            out,
+            "if ! [ -e %s ]; then command exec 7<&-; (exit %d); "
+            "elif command exec 7<%s; then true >\"$VMSFS_SEEN\"; "
+            "touch -r /etc/passwd %s \"$VMSFS_SEEN\" 2>/dev/null; head -c %d <&7; else false; fi",
+            target.data, GUEST_ABSENT, target.data, target.data, GUEST_ENV_LIMIT + 1);
 }
 
 static void linux_env_replace(struct buf *out, const char *path, const char *bytes, size_t length,

@@ -74,6 +74,7 @@ static struct scratch_handle *scratch_handle_new(struct node *node, int flags) {
     handle_init(&h->handle, node, flags);
     h->scratch = scratch_ref(node->object);
     h->scratch->open++;
+    scratch_use(h->scratch);
     if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY)
         scratch_resize(h->scratch, 0);
     return h;
@@ -235,6 +236,7 @@ void scratch_write_astray(struct handle *handle, const char *data, size_t length
 static void scratch_release(struct handle *handle) {
     struct scratch_handle *h = (struct scratch_handle *)handle;
     h->scratch->open--;
+    scratch_use(h->scratch);
     scratch_unref(h->scratch);
     handle_done(handle);
     free(h);

@@ -206,8 +206,12 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     vm->boot_again = state == VM_BOOTING && !json_object_get(record, "vmm");
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));
-    if (r < 0)
-        vm_fail(vm, r, "%s: the variables in %s cannot be read", vm->id, path);
+    if (r < 0) {
+        cleanup_free char *aside = NULL;
+        bool kept = asprintf(&aside, "%s.unreadable", path) >= 0 && link(path, aside) == 0;
+        vm_fail(vm, r, "%s: some variables in %s cannot be read and are left out%s%s", vm->id, path,
+                kept ? "; it is kept as " : "", kept ? aside : "");
+    }
     record_adopt(vm, record);
     json_decref(record);
     return vm;

@@ -92,10 +92,12 @@ static void scratches_expire(uv_timer_t *timer) {
 
 struct scratch *scratch_find(struct scratches *table, const char *name) {
     struct scratch key = {.name = (char *)(uintptr_t)name};
-    struct scratch *scratch = RB_FIND(scratch_index, &table->index, &key);
-    if (scratch)
-        scratch->used = scratch_now(table);
-    return scratch;
+    return RB_FIND(scratch_index, &table->index, &key);
+}
+
+void scratch_use(struct scratch *scratch) {
+    if (scratch->table)
+        scratch->used = scratch_now(scratch->table);
 }
 
 int scratch_make(struct scratches *table, const char *name, bool directory, mode_t mode,
@@ -149,6 +151,7 @@ int scratch_rename(struct scratch *scratch, const char *new_name) {
     if (there && there != scratch)
         scratch_remove(there);
     RB_REMOVE(scratch_index, &table->index, scratch);
+    scratch_use(scratch);
     free(scratch->name);
     scratch->name = copy;
     RB_INSERT(scratch_index, &table->index, scratch);
@@ -197,8 +200,7 @@ int scratch_write(struct scratch *scratch, const char *data, size_t length, off_
         return r;
     if (length)
         memcpy(scratch->content.data + offset, data, length);
-    if (scratch->table)
-        scratch->used = scratch_now(scratch->table);
+    scratch_use(scratch);
     clock_gettime(CLOCK_REALTIME, &scratch->changed);
     return 0;
 }

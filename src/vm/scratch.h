@@ -48,6 +48,9 @@ bool scratch_name_is_special(const char *name);
 
 struct scratch *scratch_find(struct scratches *table, const char *name);
 
+/* Somebody does something with it; looking at it is not enough to keep it from expiring. */
+void scratch_use(struct scratch *scratch);
+
 /* A new one, without a new reference. -ERR_NO_ROOM: there are too many. */
 int scratch_make(struct scratches *table, const char *name, bool directory, mode_t mode,
                  struct scratch **ret_scratch);

@@ -213,7 +213,29 @@ static int vars_read_one(void *arg, const struct env_var *line) {
     return vars_set(vars, name, bytes.data, bytes.len);
 }
 
+static int vars_count_one(void *arg, const struct env_var *line) {
+    size_t *total = arg;
+    *total += line->name_length + line->length;
+    return *total > VARS_LEARN_LIMIT ? -ERR_TOO_LARGE : 0;
+}
+
+/* What a guest may put into its file: anything. */
+static int vars_check_text(struct vars *vars, const char *text, size_t length) {
+    cleanup_buf struct buf kept = {0};
+    size_t total = 0;
+    int r = length > GUEST_ENV_LIMIT ? -ERR_TOO_LARGE
+                                     : env_file_parse(text, length, vars_count_one, &total, &kept);
+    if (r == -ERR_TOO_LARGE)
+        vm_fail(vars->vm, r,
+                "%s in the guest holds more than the %d bytes of variables that are read",
+                vars->vm->daemon->settings.env_file, VARS_LEARN_LIMIT);
+    return r;
+}
+
 int vars_learn(struct vars *vars, const char *text, size_t length, bool merge) {
+    int checked = vars_check_text(vars, text, length);
+    if (checked < 0)
+        return checked;
     struct vars *seen = calloc(1, sizeof *seen); /* only its index is used */
     struct vars_reading reading = {.vars = vars, .seen = seen};
     cleanup_buf struct buf kept = {0};
@@ -236,6 +258,7 @@ int vars_learn(struct vars *vars, const char *text, size_t length, bool merge) {
     }
     vars_clear(seen);
     free(seen);
+    vars_project(vars);
     if (reading.differs)
         vm_save(vars->vm);
     return r;
@@ -319,30 +342,36 @@ int vars_each(struct vars *vars,
     return r;
 }
 
+static int vars_load_one(struct vars *vars, const json_t *one) {
+    const json_t *name = json_object_get(one, "name");
+    const json_t *bytes = json_object_get(one, "bytes");
+    const json_t *latin1 = json_object_get(one, "latin1");
+    cleanup_buf struct buf value = {0};
+    if (!json_is_string(name) ||
+        !env_name_is_valid(json_string_value(name), json_string_length(name)))
+        return -ERR_INVALID;
+    if (json_is_string(bytes))
+        buf_append(&value, json_string_value(bytes), json_string_length(bytes));
+    else if (!json_is_string(latin1) ||
+             vars_load_latin1(&value, json_string_value(latin1), json_string_length(latin1)) < 0)
+        return -ERR_INVALID;
+    if (value.len && memchr(value.data, 0, value.len))
+        return -ERR_INVALID;
+    return vars_set(vars, json_string_value(name), value.data ? value.data : "", value.len);
+}
+
 int vars_load(struct vars *vars, const json_t *saved, bool owned) {
     size_t i;
     json_t *one;
+    int r = 0;
     vars->owned = owned;
     json_array_foreach(saved, i, one) {
-        const json_t *name = json_object_get(one, "name");
-        const json_t *bytes = json_object_get(one, "bytes");
-        const json_t *latin1 = json_object_get(one, "latin1");
-        cleanup_buf struct buf value = {0};
-        if (!json_is_string(name) ||
-            !env_name_is_valid(json_string_value(name), json_string_length(name)))
-            return -ERR_INVALID;
-        if (json_is_string(bytes))
-            buf_append(&value, json_string_value(bytes), json_string_length(bytes));
-        else if (!json_is_string(latin1) || vars_load_latin1(&value, json_string_value(latin1),
-                                                             json_string_length(latin1)) < 0)
-            return -ERR_INVALID;
-        if (value.len > VAR_LIMIT + 1 || (value.len && memchr(value.data, 0, value.len)))
-            return -ERR_INVALID;
-        int r = vars_set(vars, json_string_value(name), value.data ? value.data : "", value.len);
-        if (r < 0)
-            return r;
+        int one_r = vars_load_one(vars, one);
+        if (one_r < 0)
+            r = one_r; /* the others are still wanted */
     }
-    return 0;
+    vars_project(vars);
+    return r;
 }
 
 void vars_describe(const struct vars *vars, json_t *info) {

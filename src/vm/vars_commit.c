@@ -167,7 +167,7 @@ static size_t sized(const char *name, ssize_t length) {
 
 /* What is pending has changed in an unforeseen way (a batch has failed, the guest's file was
  * changed): count anew. */
-static void vars_project(struct vars *vars) {
+void vars_project(struct vars *vars) {
     struct list pending, *link;
     list_init(&pending);
     list_splice(&pending, &vars->queued);

@@ -8,6 +8,9 @@
 
 #define VAR_FIRST_NUMBER 64 /* below are the inode numbers of a VM's static files */
 
+/* The most that is taken over from a guest: somewhat more than can be set here. */
+#define VARS_LEARN_LIMIT (2 * VARS_LIMIT)
+
 struct vars_batch;
 
 struct vars {
@@ -51,6 +54,9 @@ size_t vars_count(const struct vars *vars);
 int vars_learn(struct vars *vars, const char *text, size_t length, bool merge);
 /* Takes over only the lines of others. */
 int vars_learn_kept(struct vars *vars, const char *text, size_t length);
+
+/* The table has changed otherwise than by a batch: counts `projected` anew. */
+void vars_project(struct vars *vars);
 
 /* Visits every variable in order, as it will be when `batch` (may be NULL) is done. */
 int vars_walk(const struct vars *vars, const struct vars_batch *batch,
