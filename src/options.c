@@ -261,15 +261,20 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
             ok = options_take(&raw, &options.settings);
         }
     }
-    add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL, raw.debug);
-    options.fuse_argc = args.argc;
-    options.fuse_argv = args.argv;
+    if (ok)
+        add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL, raw.debug);
+    else
+        fuse_opt_free_args(&args);
+    options.fuse_argc = ok ? args.argc : 0;
+    options.fuse_argv = ok ? args.argv : NULL;
     raw_free(&raw);
     *ret_options = options;
     return ok;
 }
 
 void options_free_arguments(struct options *options) {
+    if (!options->fuse_argv)
+        return;
     struct fuse_args args = {
         .argc = options->fuse_argc, .argv = options->fuse_argv, .allocated = 1};
     fuse_opt_free_args(&args);

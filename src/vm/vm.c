@@ -227,6 +227,9 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
             log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
         } else if (was == VM_STOPPING || (powered_off && was != VM_BOOTING)) {
             vm_disconnect(vm, -ERR_GONE, "the VM was stopped");
+            if (was != VM_STOPPING)
+                vm_fail(vm, -ERR_GONE,
+                        "%s has powered itself off; `echo running > status` starts it", vm->id);
             vm_set_state(vm, VM_STOPPED);
         } else {
             if (was == VM_BOOTING)
