@@ -39,12 +39,16 @@ struct environ_changes {
     size_t count, cap;
 };
 
+static void environ_change_free(struct var_change *change) {
+    free((char *)(uintptr_t)change->name);
+    explicit_bzero((char *)(uintptr_t)change->bytes, change->length);
+    free((char *)(uintptr_t)change->bytes);
+    *change = (struct var_change){0};
+}
+
 static void environ_changes_free(struct environ_changes *all) {
-    for (size_t i = 0; i < all->count; i++) {
-        free((char *)(uintptr_t)all->changes[i].name);
-        explicit_bzero((char *)(uintptr_t)all->changes[i].bytes, all->changes[i].length);
-        free((char *)(uintptr_t)all->changes[i].bytes);
-    }
+    for (size_t i = 0; i < all->count; i++)
+        environ_change_free(&all->changes[i]);
     free(all->changes);
 }
 
@@ -73,11 +77,39 @@ static int environ_add(void *arg, const struct env_var *var) {
     return 0;
 }
 
+/* By name, and of one name in the order of the text: the pointers are into one array. */
+static int environ_order(const void *a, const void *b) {
+    struct var_change *const *x = a, *const *y = b;
+    int order = strcmp((*x)->name, (*y)->name);
+    return order ? order : *x < *y ? -1 : 1;
+}
+
+/* Of a name that comes twice the later counts. */
+static int environ_keep_last(struct environ_changes *all) {
+    cleanup_free struct var_change **sorted = calloc(all->count + 1, sizeof *sorted);
+    if (!sorted)
+        return -ERR_NO_MEMORY;
+    for (size_t i = 0; i < all->count; i++)
+        sorted[i] = &all->changes[i];
+    qsort(sorted, all->count, sizeof *sorted, environ_order);
+    for (size_t i = 1; i < all->count; i++)
+        if (strcmp(sorted[i - 1]->name, sorted[i]->name) == 0)
+            environ_change_free(sorted[i - 1]);
+    size_t kept = 0;
+    for (size_t i = 0; i < all->count; i++)
+        if (all->changes[i].name)
+            all->changes[kept++] = all->changes[i];
+    all->count = kept;
+    return 0;
+}
+
 static int environ_parse(struct vm *vm, const char *text, size_t length, bool more_may_come,
                          struct environ_changes *ret_all, bool *ret_cut) {
     struct dotenv_error error = {0};
     *ret_cut = false;
     int r = dotenv_parse(text, length, environ_add, ret_all, &error);
+    if (r == 0)
+        r = environ_keep_last(ret_all);
     if (r != -ERR_INVALID)
         return r;
     if (more_may_come && (error.incomplete || error.in_name)) {

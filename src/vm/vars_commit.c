@@ -368,8 +368,8 @@ void vars_batch_end(struct vars *vars, int status) {
         vars_seal_soon(vars);
         vm_save_soon(vars->vm);
     }
+    vars_attach_step(vars); /* first, or writers would hold up the boot for ever */
     vars_start_batch(vars);
-    vars_attach_step(vars);
 }
 
 static void vars_updated(void *arg, int status, const char *output, size_t length) {
@@ -423,6 +423,8 @@ void vars_start_batch(struct vars *vars) {
     /* What is being read now is not known yet, but would count as seen. */
     if (vars->flight || vars->refreshing || list_is_empty(&vars->queued))
         return;
+    if (vars->attached && vars->attach_read)
+        return; /* in a moment it can go to the guest */
     struct vars_batch *batch = batch_new(vars);
     if (!batch) {
         struct list failed;

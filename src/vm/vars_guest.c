@@ -35,6 +35,7 @@ static void vars_end_attach(struct vars *vars, int status) {
         vars->learned = uv_now(vars->vm->daemon->loop);
     if (attached)
         attached(vars->vm, status);
+    vars_start_batch(vars);
 }
 
 /* After a boot the table wins, if it is the user's: it is sent for as long as it is not what the

@@ -307,6 +307,9 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         vm_boot_failed(vm);
         return;
     }
+    /* At once: a VMM that is not recorded would run on unseen, should the daemon be killed now. */
+    if (record_begin(vm) < 0)
+        log_error("%s: its record could not be written", vm->id);
     vm_save(vm);
     console_watch_start(vm, result->image.ready);
 }

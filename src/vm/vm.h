@@ -150,7 +150,7 @@ void registry_add(struct daemon *d, struct vm *vm);
 void vm_release(struct vm *vm);
 /* Goes on with a destruction when something that it waits for has ended. */
 void vm_destroy_step(struct vm *vm);
-/* Writes the first record, at once. */
+/* Writes the record at once, safe from the end of this process. */
 int record_begin(struct vm *vm);
 /* Brings back what is recorded in `dir`. NULL: there is no readable record. */
 struct vm *vm_load(struct daemon *d, const char *dir);
