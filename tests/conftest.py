@@ -19,7 +19,9 @@ DEADLINE = 120
 GRACE = 10
 
 # A shell starts what it puts into the background with SIGINT ignored, and so would be all clients of the tests.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# SIGTERM (of `timeout`, say) ends a run as Ctrl-C does: with everything unmounted and ended.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.default_int_handler)
 
 collect_ignore = ["unit", "fuzz", "bench"]
 

@@ -41,6 +41,7 @@ def clean_env(vm):
     """Removes every variable and all scratch, also what a process that was killed is just leaving behind."""
 
     def empty():
+        os.truncate(vm / "environ", 0)
         for name in keys(vm):
             path = vm.env(name)
             with contextlib.suppress(FileNotFoundError):

@@ -58,8 +58,9 @@ static void status_write(struct handle *handle, const char *data, size_t length,
         return;
     }
     /* A change of state has deadlines of its own: those of the boot, and of each step of a stop. */
+    const char *what = vm->state == VM_UNREACHABLE ? "status" : NULL; /* it is tried for ever */
     struct vm_wait *wait =
-        guest_wait(handle->node, NULL, status_reached, (void *)(uintptr_t)length, rq);
+        guest_wait(handle->node, what, status_reached, (void *)(uintptr_t)length, rq);
     int r = wait ? vm_want(vm, (enum vm_state)state, wait) : 0;
     if (r < 0)
         guest_wait_settle(wait, r);

@@ -238,6 +238,12 @@ void control_hurry(struct control *control) {
     control_connect(control);
 }
 
+void control_again(struct control *control) {
+    control->retry = CONTROL_RETRY_MOST_MS;
+    control->up = false; /* the loss is no news */
+    control_lost(control, -ERR_UNREACHABLE, "the variables could not be brought together");
+}
+
 void control_stop(struct control *control, int status) {
     control->started = false;
     control_disconnect(control);

@@ -75,6 +75,8 @@ static void record_written(uv_work_t *work, int status) {
                                                                               : 0);
         if (vm->save_again && !vm->saving)
             record_start(vm);
+        if (vm->announcing && !vm->saving)
+            vm_announce(vm);
         if (vm->daemon->closing && !vm->saving)
             vm_release(vm);
     }
@@ -167,6 +169,8 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     vm->attached = json_is_true(json_object_get(record, "attached"));
     vm->boot_started = uv_now(vm->daemon->loop);
     vm->state = vm->attached ? VM_UNREACHABLE : VM_BOOTING;
+    if (vm->state == VM_BOOTING)
+        vm_watch_boot(vm);
 }
 
 struct vm *vm_load(struct daemon *d, const char *dir) {

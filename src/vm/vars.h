@@ -116,6 +116,9 @@ int vars_inject(struct vars *vars, struct buf *out);
  * connection: brings both sides together; `done` when they are. */
 void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status));
 
+/* The VM is running now: what has been queued meanwhile goes to the guest. */
+void vars_resume(struct vars *vars);
+
 /* No answer can come any more: every commit under way fails with `status`. */
 void vars_detach(struct vars *vars, int status);
 

@@ -423,7 +423,7 @@ void vars_start_batch(struct vars *vars) {
     /* What is being read now is not known yet, but would count as seen. */
     if (vars->flight || vars->refreshing || list_is_empty(&vars->queued))
         return;
-    if (vars->attached && vars->attach_read)
+    if ((vars->attached && vars->attach_read) || vars->vm->announcing)
         return; /* in a moment it can go to the guest */
     struct vars_batch *batch = batch_new(vars);
     if (!batch) {
@@ -440,6 +440,10 @@ void vars_start_batch(struct vars *vars) {
         return;
     }
     vars_resend(vars);
+}
+
+void vars_resume(struct vars *vars) {
+    vars_start_batch(vars);
 }
 
 bool vars_wants_saving(const struct vars *vars) {
@@ -506,6 +510,7 @@ static int vars_check_state(struct vars *vars) {
     switch (vars->vm->state) {
     case VM_RUNNING:
     case VM_BOOTING:
+    case VM_STOPPING: /* goes to the disk, for the next boot */
     case VM_STOPPED:
     case VM_FAILED:
         return 0;

@@ -166,25 +166,39 @@ bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
     return true;
 }
 
-/* The variables of guest and host agree: the guest is ready. */
-static void vm_attached(struct vm *vm, int status) {
-    if (vm->gone)
-        return;
-    if (status < 0) {
-        /* A lost connection is tried again; what the guest refuses will be refused again. */
-        if (status == -ERR_UNREACHABLE || status == -ERR_TIMED_OUT)
-            return;
-        if (vm->state == VM_BOOTING)
-            vm->vmm->ops->kill(vm->vmm);
-        return;
-    }
-    if (vm->state == VM_BOOTING && !vm->attached)
-        vm->booted_ms = uv_now(vm->daemon->loop) - vm->boot_started;
-    vm->attached = true;
-    console_watch_stop(vm);
+static void vm_boot_failed(struct vm *vm);
+
+void vm_announce(struct vm *vm) {
+    vm->announcing = false;
     uv_timer_stop(vm->timer);
     commands_start(vm->commands);
     vm_set_state(vm, VM_RUNNING);
+    vars_resume(vm->vars);
+}
+
+/* The variables of guest and host agree: the guest is ready. */
+static void vm_attached(struct vm *vm, int status) {
+    if (vm->gone || (vm->state != VM_BOOTING && vm->state != VM_UNREACHABLE))
+        return;
+    if (status == -ERR_UNREACHABLE || status == -ERR_TIMED_OUT)
+        return; /* the connection is tried again */
+    if (status < 0 && vm->state == VM_BOOTING) {
+        vm_boot_failed(vm); /* what the guest refuses now it will refuse again */
+        return;
+    }
+    if (status < 0) {
+        control_again(vm->control);
+        return;
+    }
+    console_watch_stop(vm);
+    if (vm->attached) {
+        vm_announce(vm);
+        return;
+    }
+    /* A later daemon has to know that from now on the guest's file is the truth. */
+    vm->booted_ms = uv_now(vm->daemon->loop) - vm->boot_started;
+    vm->attached = vm->announcing = true;
+    vm_save(vm);
 }
 
 void vm_guest_up(struct vm *vm) {
@@ -205,6 +219,7 @@ void vm_guest_lost(struct vm *vm, int status, const char *why) {
 void vm_disconnect(struct vm *vm, int status, const char *why) {
     uv_timer_stop(vm->timer);
     console_watch_stop(vm);
+    vm->announcing = false;
     vars_detach(vm->vars, status); /* first, so that nothing of it is sent anew */
     control_stop(vm->control, status);
     commands_stop(vm->commands, status, why);
@@ -314,13 +329,17 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
     console_watch_start(vm, result->image.ready);
 }
 
+void vm_watch_boot(struct vm *vm) {
+    uv_timer_start(vm->timer, vm_boot_overdue, vm->daemon->settings.boot_timeout, 0);
+}
+
 int vm_boot(struct vm *vm) {
     vm->attached = false;
     vm->boot_started = uv_now(vm->daemon->loop);
     int r = boot_prepare(vm, vm_boot_prepared);
     if (r < 0)
         return r;
-    uv_timer_start(vm->timer, vm_boot_overdue, vm->daemon->settings.boot_timeout, 0);
+    vm_watch_boot(vm);
     vm_set_state(vm, VM_BOOTING);
     return 0;
 }
@@ -339,6 +358,8 @@ static int vm_stop(struct vm *vm) {
         return 0;
     }
     uv_timer_stop(vm->timer);
+    if (vm->state == VM_BOOTING)
+        vm_disconnect(vm, -ERR_GONE, "the VM is stopped while it boots");
     vm_set_state(vm, VM_STOPPING);
     vm->vmm->ops->stop(vm->vmm, VM_POWERDOWN_MS, VM_QUIT_MS);
     return 0;

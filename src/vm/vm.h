@@ -83,6 +83,7 @@ struct vm {
     uv_timer_t *save_timer; /* see vm_save_soon() */
     bool destroying;        /* rmdir has begun */
     bool attached;          /* the guest of this boot has been heard: its file is the truth */
+    bool announcing;        /* running as soon as the record says that it is attached */
     bool saving, save_again;
     bool boot_again;       /* the last daemon ended before it had started the VMM */
     struct list end_waits; /* of vm_wait: woken when destroyed */
@@ -142,7 +143,11 @@ void vm_save_soon(struct vm *vm);
 /* A VM that is nowhere yet, with one reference. `dir` is its folder. */
 struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir);
 int vm_boot(struct vm *vm);
+/* Starts the deadline of a boot. */
+void vm_watch_boot(struct vm *vm);
 void vm_set_state(struct vm *vm, enum vm_state state);
+/* The record is written: the VM runs. */
+void vm_announce(struct vm *vm);
 /* Ends all that talks to the guest. */
 void vm_disconnect(struct vm *vm, int status, const char *why);
 void registry_add(struct daemon *d, struct vm *vm);
