@@ -51,9 +51,9 @@ struct guest_ops {
      * not, and the old file is there. */
     void (*env_replace)(struct buf *out, const char *path, const char *bytes, size_t length,
                         bool absent);
-    /* Sends TERM, or with `hard` KILL, to the process group of the command whose first process is
-     * `pid`. */
-    void (*command_signal)(struct buf *out, long pid, bool hard);
+    /* Sends TERM to the process group of the command whose first process is `pid`, and KILL to what
+     * is left of it after the grace, whether this side lives to see it or not. */
+    void (*command_kill)(struct buf *out, long pid, unsigned grace_s);
 
     /* The shell that is started in advance for one command: it prints its process id and a newline
      * on stderr, and waits for command_start() on its input. When the command ends it prints the

@@ -111,11 +111,12 @@ static void linux_control_facts(const char *output, size_t length, struct guest_
     }
 }
 
-static void linux_command_signal(struct buf *out, long pid, bool hard) {
-    /* The process is gone when the command has ended meanwhile: no error. */
+static void linux_command_kill(struct buf *out, long pid, unsigned grace_s) {
+    /* The process is gone when the command has ended meanwhile: no error. Its group outlives it. */
     buf_printf(out,
-               "{ read -r a b c d g e </proc/%ld/stat && kill -%s -\"$g\"; } 2>/dev/null || :", pid,
-               hard ? "KILL" : "TERM");
+               "{ read -r a b c d g e </proc/%ld/stat && kill -TERM -\"$g\" && "
+               "{ (sleep %u; kill -KILL -\"$g\") >/dev/null 2>&1 & }; } 2>/dev/null || :",
+               pid, grace_s);
 }
 
 /* The shell that was started in advance. `eval` runs the command in this very shell, so that
@@ -186,7 +187,7 @@ const struct guest_ops guest_linux = {
     .name_is_reserved = linux_name_is_reserved,
     .env_read = linux_env_read,
     .env_replace = linux_env_replace,
-    .command_signal = linux_command_signal,
+    .command_kill = linux_command_kill,
     .command_shell = linux_command_shell,
     .command_start = linux_command_start,
 };

@@ -37,7 +37,7 @@ static const struct node_row vmdir_rows[] = {
     {"console", S_IFREG | 0400, &console_ops, NULL},
     {"env", S_IFDIR | 0700, &env_ops, NULL},
     {"environ", S_IFREG | 0600, &environ_ops, NULL},
-    {"error", S_IFREG | 0444, &text_ops, vmdir_error},
+    {"error", S_IFREG | 0400, &text_ops, vmdir_error},
     {"exec", S_IFREG | 0600, &exec_ops, NULL},
     {"info", S_IFREG | 0444, &text_ops, vmdir_info},
     {"ssh_config", S_IFREG | 0400, &text_ops, vmdir_ssh_config},

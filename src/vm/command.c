@@ -19,7 +19,7 @@
  * most of what a short command costs. One such shell, the spare, is kept for each VM. */
 
 #define COMMAND_ERRORS_KEPT 2048 /* bytes of stderr that `error` may quote */
-#define COMMAND_KILL_MS 2000     /* from TERM to KILL */
+#define COMMAND_KILL_S 2         /* from TERM to KILL */
 #define COMMAND_SPARE_MS 20   /* from a command's start to that of the next spare: out of its way */
 #define COMMAND_LINGER_MS 300 /* from one stream's end to giving up on the other's */
 #define COMMAND_POOL_IDLE_MS 60000 /* a connection beyond the first, without commands */
@@ -204,8 +204,6 @@ static void shell_linger_over(uv_timer_t *timer) {
     shell_end(shell, shell->command->signal[0] ? COMMAND_SIGNALED : COMMAND_EXITED);
 }
 
-static void shell_kill_hard(uv_timer_t *timer);
-
 static void control_ignore(void *arg, int status, const char *output, size_t length) {
     (void)arg;
     (void)status;
@@ -213,27 +211,26 @@ static void control_ignore(void *arg, int status, const char *output, size_t len
     (void)length;
 }
 
-static void shell_signal(struct command_shell *shell, bool hard) {
+static void shell_send_kill(struct command_shell *shell) {
     struct vm *vm = shell->commands->vm;
     cleanup_buf struct buf script = {0};
-    vm->guest->command_signal(&script, shell->pid, hard);
+    vm->guest->command_kill(&script, shell->pid, COMMAND_KILL_S);
     if (script.failed || control_request(vm->control, &script, control_ignore, NULL) < 0)
         log_warn("%s: a command could not be ended in the guest: no connection", vm->id);
 }
 
-static void shell_kill_hard(uv_timer_t *timer) {
+/* KILL has been sent in the guest; what the server says of it is not waited for. */
+static void shell_killed(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
-    shell_signal(shell, true);
-    shell->command->status = 0;
     snprintf(shell->command->signal, sizeof shell->command->signal, "KILL");
     shell_end(shell, COMMAND_SIGNALED);
 }
 
 static void shell_kill(struct command_shell *shell) {
     shell->kill_wanted = true;
-    shell_timer(shell, shell_kill_hard, COMMAND_KILL_MS);
+    shell_timer(shell, shell_killed, COMMAND_KILL_S * 1000 + COMMAND_LINGER_MS);
     if (shell->pid)
-        shell_signal(shell, false);
+        shell_send_kill(shell);
 }
 
 /* The shell's first line on stderr is its process id. */
@@ -250,7 +247,7 @@ static void shell_read_pid(struct command_shell *shell) {
     shell->pid = pid;
     buf_consume(held, (size_t)(end - held->data) + 1);
     if (shell->kill_wanted)
-        shell_signal(shell, false);
+        shell_send_kill(shell);
 }
 
 static void shell_data(void *arg, int stream, const char *data, size_t length) {

@@ -55,7 +55,7 @@ int command_run(struct vm *vm, const char *text, size_t length, struct command *
 /* The VM's newest command, without a new reference; NULL: there was none. */
 struct command *command_newest(struct vm *vm);
 
-/* Ends it in the guest: TERM to all its processes, KILL to what is left of them 2 s later. */
+/* Ends it in the guest: TERM to its process group, KILL to what is left of that 2 s later. */
 void command_kill(struct command *command);
 
 /* What it means for who waited: 0, -ERR_COMMAND_FAILED, -ERR_COMMAND_LOST, … Leaves words in

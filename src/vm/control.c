@@ -20,7 +20,7 @@
 #define CONTROL_RETRY_MOST_MS 1000
 
 /* The most that an answer may hold: the variables, quoted, and some more. */
-#define CONTROL_ANSWER_LIMIT (8 << 20)
+#define CONTROL_ANSWER_LIMIT (GUEST_ENV_LIMIT + (1 << 20))
 
 struct control_request {
     struct list link;
@@ -40,6 +40,7 @@ struct control {
                           is one */
     struct list requests;
     struct buf answer;
+    size_t searched; /* bytes of it that hold no part of a marker */
 };
 
 static void control_connect(struct control *control);
@@ -117,6 +118,7 @@ static void control_disconnect(struct control *control) {
     if (control->answer.data)
         explicit_bzero(control->answer.data, control->answer.len);
     buf_free(&control->answer);
+    control->searched = 0;
 }
 
 static void control_lost(struct control *control, int status, const char *why) {
@@ -143,9 +145,15 @@ static void control_answers(struct control *control) {
             LIST_OWNER(control->requests.next, struct control_request, link);
         size_t before, after;
         int status;
-        if (!guest_marker_find(control->answer.data, control->answer.len, request->nonce, &before,
-                               &after, &status))
+        if (!guest_marker_find(control->answer.data + control->searched,
+                               control->answer.len - control->searched, request->nonce, &before,
+                               &after, &status)) {
+            control->searched += before;
             break;
+        }
+        before += control->searched;
+        after += control->searched;
+        control->searched = 0;
         list_remove(&request->link);
         struct buf answer = control->answer; /* the callback may end the connection */
         control->answer = (struct buf){0};

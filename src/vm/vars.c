@@ -213,22 +213,29 @@ static int vars_read_one(void *arg, const struct env_var *line) {
     return vars_set(vars, name, bytes.data, bytes.len);
 }
 
+struct vars_counting {
+    size_t bytes, count;
+};
+
 static int vars_count_one(void *arg, const struct env_var *line) {
-    size_t *total = arg;
-    *total += line->name_length + line->length;
-    return *total > VARS_LEARN_LIMIT ? -ERR_TOO_LARGE : 0;
+    struct vars_counting *counting = arg;
+    counting->bytes += line->name_length + line->length;
+    return ++counting->count > VARS_LEARN_COUNT || counting->bytes > VARS_LEARN_LIMIT
+               ? -ERR_TOO_LARGE
+               : 0;
 }
 
 /* What a guest may put into its file: anything. */
 static int vars_check_text(struct vars *vars, const char *text, size_t length) {
     cleanup_buf struct buf kept = {0};
-    size_t total = 0;
-    int r = length > GUEST_ENV_LIMIT ? -ERR_TOO_LARGE
-                                     : env_file_parse(text, length, vars_count_one, &total, &kept);
+    struct vars_counting counting = {0};
+    int r = length > GUEST_ENV_LIMIT
+                ? -ERR_TOO_LARGE
+                : env_file_parse(text, length, vars_count_one, &counting, &kept);
     if (r == -ERR_TOO_LARGE)
         vm_fail(vars->vm, r,
-                "%s in the guest holds more than the %d bytes of variables that are read",
-                vars->vm->daemon->settings.env_file, VARS_LEARN_LIMIT);
+                "%s in the guest holds more than the %d bytes in %d variables that are read",
+                vars->vm->daemon->settings.env_file, VARS_LEARN_LIMIT, VARS_LEARN_COUNT);
     return r;
 }
 

@@ -10,6 +10,7 @@
 
 /* The most that is taken over from a guest: somewhat more than can be set here. */
 #define VARS_LEARN_LIMIT (2 * VARS_LIMIT)
+#define VARS_LEARN_COUNT 20000
 
 struct vars_batch;
 
