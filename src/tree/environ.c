@@ -17,10 +17,11 @@
  * line fails the write that brought it.
  *
  * A tool that writes in pieces cuts lines anywhere. What ends inside of quotes or of a name,
- * without a newline, waits for the rest, until FLUSH; so does what ends in a line at a multiple of
- * 4 KiB, as pieces of most tools do. */
+ * without a newline, waits for the rest, until FLUSH; so does a large piece that ends inside a
+ * line. */
 
-#define ENVIRON_BLOCK 4096
+#define ENVIRON_BLOCK 4096 /* what buffered writers write at least, as long as there is more */
+#define ENVIRON_LARGEST ((1 << 20) - 4096)
 #define ENVIRON_LIMIT                                                                              \
     (8 << 20) /* bytes of text: quoting and comments come on top of VARS_LIMIT                     \
                */
@@ -30,6 +31,12 @@ struct environ_handle {
     struct buf content;  /* the file; of `>>` what has been appended */
     struct buf snapshot; /* what is read */
     bool truncating, wrote, dirty;
+    /* A first line that was merged, to be taken back when a later one is bad. No name: none. */
+    struct {
+        char *name;
+        bool set; /* it was, before */
+        struct buf before, after;
+    } first;
     size_t writing;
 };
 
@@ -215,6 +222,53 @@ static void environ_verdict(void *arg, int status, struct request *rq) {
         request_answer(rq, status);
 }
 
+static void environ_forget_first(struct environ_handle *h) {
+    free(h->first.name);
+    h->first.name = NULL;
+    buf_free(&h->first.before);
+    buf_free(&h->first.after);
+}
+
+static void environ_remember_first(struct environ_handle *h, const struct environ_changes *all) {
+    environ_forget_first(h);
+    if (all->count != 1)
+        return;
+    const struct var_change *change = &all->changes[0];
+    h->first.set = vars_newest(h->handle.node->vm->vars, change->name, &h->first.before);
+    buf_append(&h->first.after, change->bytes, change->length);
+    h->first.name = strdup(change->name);
+}
+
+static void environ_refused(void *arg, int status, struct request *rq) {
+    (void)arg;
+    (void)status;
+    request_answer(rq, -ERR_INVALID);
+}
+
+/* A later line is bad: nothing is to have changed. The first is taken back, unless somebody else
+ * has set it since. */
+static void environ_take_back(struct environ_handle *h, int status, struct request *rq) {
+    struct node *node = h->handle.node;
+    cleanup_buf struct buf now = {0};
+    bool ours = status == -ERR_INVALID && h->first.name &&
+                vars_newest(node->vm->vars, h->first.name, &now) && now.len == h->first.after.len &&
+                (!now.len || memcmp(now.data, h->first.after.data, now.len) == 0);
+    if (!ours) {
+        request_answer(rq, status);
+        return;
+    }
+    struct var_change undo = {.name = h->first.name,
+                              .bytes = !h->first.set          ? NULL
+                                       : h->first.before.data ? h->first.before.data
+                                                              : "",
+                              .length = h->first.before.len};
+    struct vm_wait *wait = guest_wait(node, "environ", environ_refused, NULL, rq);
+    int r = wait ? vars_commit(node->vm->vars, &undo, 1, wait) : 0;
+    if (r < 0)
+        guest_wait_settle(wait, r);
+    environ_forget_first(h);
+}
+
 /* Commits what the handle holds. `merge`: variables that it does not name stay. */
 static void environ_handle_commit(struct environ_handle *h, bool merge, size_t writing,
                                   struct request *rq) {
@@ -232,6 +286,8 @@ static void environ_handle_commit(struct environ_handle *h, bool merge, size_t w
     }
     /* A first line that is merged is followed by the rest at FLUSH. */
     h->dirty = merge && !environ_appends(h);
+    if (merge && writing)
+        environ_remember_first(h, &all);
     environ_commit(h->handle.node, &all, merge, environ_verdict, h, rq);
 }
 
@@ -247,6 +303,7 @@ static void environ_free(struct environ_handle *h) {
         explicit_bzero(h->content.data, h->content.len);
     buf_free(&h->content);
     buf_free(&h->snapshot);
+    environ_forget_first(h);
     handle_done(&h->handle);
     free(h);
 }
@@ -328,22 +385,23 @@ static void environ_write(struct handle *handle, const char *data, size_t length
         offset = (off_t)h->content.len;
     size_t was = h->content.len;
     int r = environ_patch(h, data, length, offset);
-    bool block = h->content.len % ENVIRON_BLOCK == 0;
     bool in_a_line = length > 0 && data[length - 1] != '\n';
     /* A small piece that leaves its line open has nothing to be judged by yet. */
     if (r == 0 && (!h->dirty || !in_a_line || length >= ENVIRON_BLOCK))
-        r = environ_parse(handle->node->vm, h->content.data, h->content.len,
-                          block || in_a_line || h->dirty, &all, &cut);
+        r = environ_parse(handle->node->vm, h->content.data, h->content.len, in_a_line || h->dirty,
+                          &all, &cut);
     environ_changes_free(&all);
     if (r < 0) {
         h->content.failed = 0;
         h->content.len = was < h->content.len ? was : h->content.len;
         h->wrote = true; /* a refused write is no empty file */
         h->truncating = h->dirty = false;
-        request_answer(rq, r);
+        environ_take_back(h, r, rq);
         return;
     }
-    bool first = !h->wrote && !h->dirty && !cut && !(block && in_a_line);
+    /* The kernel cuts what is longer than a MiB, where the pages of the writer's buffer end. */
+    bool piece = (in_a_line && length >= ENVIRON_BLOCK) || length >= ENVIRON_LARGEST;
+    bool first = !h->wrote && !h->dirty && !cut && !piece;
     if (first) {
         /* A shell's echo or printf writes line by line. Were all other variables gone with the
          * first of many lines, the guest would miss them for a moment, and for good when a later
@@ -398,7 +456,7 @@ static void environ_setattr(struct node *node, struct handle *handle, const stru
     } else if (!h && want->st_size == 0) {
         environ_commit(node, &none, false, env_answer_plain, NULL, rq);
     } else {
-        request_answer(rq, -ERR_INVALID);
+        request_answer(rq, want->st_size > ENVIRON_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID);
     }
 }
 
