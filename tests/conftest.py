@@ -156,6 +156,7 @@ def sanitizers_are_silent():
     assert not new, "\n".join(new.values())
 
 
+@pytest.hookimpl(trylast=True)  # fixtures of an interrupted test are torn down in this hook, too
 def pytest_sessionfinish(session):
     SHARED.clear()
     logs = harness.RUN.sanitizer_logs()

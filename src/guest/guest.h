@@ -11,6 +11,8 @@
 
 #define GUEST_ENV_FILE "/etc/profile.d/vmsfs_env.sh"
 
+#define GUEST_SHELL_START "\036vmsfs "
+
 /* Exit statuses of scripts. */
 #define GUEST_CHANGED 75
 #define GUEST_ABSENT 76
@@ -55,8 +57,9 @@ struct guest_ops {
      * is left of it after the grace, whether this side lives to see it or not. */
     void (*command_kill)(struct buf *out, long pid, unsigned grace_s);
 
-    /* The shell that is started in advance for one command: it prints its process id and a newline
-     * on stderr, and waits for command_start() on its input. When the command ends it prints the
+    /* The shell that is started in advance for one command: it prints GUEST_SHELL_START, its
+     * process id and a newline on stdout and on stderr (what comes before that is not the
+     * command's), and waits for command_start() on its input. When the command ends it prints the
      * marker (guest_marker_find) on stdout and on stderr. Variables are those of the moment of
      * command_start(). `new_group`: it is to make a process group of its own. */
     void (*command_shell)(struct buf *out, const struct guest_facts *facts, const char *env_path,

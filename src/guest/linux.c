@@ -72,14 +72,16 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
     if (absent)
         buf_printf(out, "if [ -e %s ]", target.data);
     else
-        buf_printf(out, "if ! [ %s -ef /proc/$$/fd/7 ] || [ %s -nt \"$VMSFS_SEEN\" ]", target.data,
-                   target.data);
-    buf_printf(out, "; then (exit %d); elif printf %%s ", GUEST_CHANGED);
+        buf_printf(out,
+                   "if ! [ %s -ef /proc/$$/fd/7 ] || [ %s -nt \"$VMSFS_SEEN\" ] || "
+                   "read -r x <&7 || [ -n \"$x\" ]",
+                   target.data, target.data);
+    buf_printf(out, "; then (exit %d); elif true >%s && command exec 7<>%s && printf %%s ",
+               GUEST_CHANGED, t.data, t.data);
     env_quote(out, bytes, length);
     buf_printf(out,
-               " >%s && mv -f %s %s; then command exec 7<%s; true >\"$VMSFS_SEEN\"; true; "
-               "else rm -f %s; false; fi",
-               t.data, t.data, target.data, target.data, t.data);
+               " >&7 && mv -f %s %s; then true >\"$VMSFS_SEEN\"; true; else rm -f %s; false; fi",
+               t.data, target.data, t.data);
 }
 
 /* Field 5 of /proc/PID/stat is the process group (proc(5)). */
@@ -128,7 +130,7 @@ static const char linux_shell_script[] =
     "_vmsfs_login() { [ ! -r /etc/profile ] || . /etc/profile\n"
     "if [ -n \"${BASH_VERSION-}\" ] && [ -r ~/.bash_profile ]; then . ~/.bash_profile\n"
     "elif [ -r ~/.profile ]; then . ~/.profile; fi; }\n"
-    "echo $$ >&2\n"
+    "echo '" GUEST_SHELL_START "'$$; echo '" GUEST_SHELL_START "'$$ >&2\n"
     "IFS= read -r _vmsfs_line && eval \"$_vmsfs_line\"\n";
 
 static void linux_command_shell(struct buf *out, const struct guest_facts *facts,

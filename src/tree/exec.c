@@ -150,7 +150,7 @@ static bool exec_answer_read(struct exec_handle *h, size_t length, struct reques
         return false;
     if (left == 0) {
         if (command->end == COMMAND_LOST || command->cut)
-            request_answer(rq, command->cut ? -ERR_NO_ROOM : -ERR_COMMAND_LOST);
+            request_answer(rq, command->cut ? -ERR_CUT : -ERR_COMMAND_LOST);
         else
             request_answer_data(rq, "", 0);
         return true;

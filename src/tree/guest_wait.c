@@ -12,6 +12,7 @@ struct guest_waiter {
     struct vm_wait wait;
     struct request *rq;
     struct node *node; /* a reference; held */
+    bool held;
     const char *what;
     guest_answer *answer;
     void *arg;
@@ -21,7 +22,7 @@ static void guest_waiter_end(struct guest_waiter *w, int status) {
     struct request *rq = w->rq;
     guest_answer *answer = w->answer;
     void *arg = w->arg;
-    w->node->held--;
+    w->node->held -= w->held;
     node_unref(w->node);
     free(w);
     answer(arg, status, rq);
@@ -52,7 +53,9 @@ struct vm_wait *guest_wait(struct node *node, const char *what, guest_answer *an
     list_init(&w->wait.link);
     w->rq = rq;
     w->node = node_ref(node);
-    node->held++;
+    /* A directory that got another inode meanwhile would be lost to who stands in it. */
+    w->held = !node->ops->lookup;
+    node->held += w->held;
     w->what = what;
     w->answer = answer;
     w->arg = arg;

@@ -12,6 +12,7 @@
     X(TOO_LARGE, EFBIG, "the value is too large")                                                  \
     X(COMMAND_TOO_LARGE, E2BIG, "the command is too large")                                        \
     X(NO_ROOM, ENOSPC, "no room for it")                                                           \
+    X(CUT, EOVERFLOW, "output was cut: there was more")                                            \
     X(BUSY, EBUSY, "not in this state")                                                            \
     X(GONE, ENODEV, "the VM did not boot or is gone")                                              \
     X(TIMED_OUT, ETIMEDOUT, "no answer within the deadline")                                       \

@@ -158,8 +158,10 @@ static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
         else
             done += (size_t)n;
     }
-    if (r < 0)
+    if (r < 0) {
+        unlink(path);
         return boot_fail(boot, "cannot write", path, r);
+    }
     boot->result.initrd = path;
     path = NULL;
     return 0;

@@ -23,12 +23,15 @@
 #define COMMAND_SPARE_MS 20   /* from a command's start to that of the next spare: out of its way */
 #define COMMAND_LINGER_MS 300 /* from one stream's end to giving up on the other's */
 #define COMMAND_POOL_IDLE_MS 60000 /* a connection beyond the first, without commands */
-#define COMMAND_PID_LINE 32
+#define COMMAND_START_MOST                                                                         \
+    4096 /* bytes before the shell's first words that are looked at together */
+#define COMMAND_OUTPUT_MOST (INT64_C(1) << 30) /* bytes that are spooled of a command */
 #define COMMAND_FINISHED_MOST 64 /* shells whose command has ended and whose channel has not */
 
 /* What came on one stream and may be the beginning of the end marker. */
 struct command_stream {
     struct buf held;
+    bool begun; /* the shell's first words have come */
     bool ended; /* the marker has come */
 };
 
@@ -39,7 +42,6 @@ struct command_shell {
     struct list link;        /* in commands->shells */
     struct command *command; /* NULL: spare. A reference */
     long pid;                /* of the shell, leader of its process group; 0: not known yet */
-    bool pid_read;
     bool kill_wanted;
     bool finished; /* only the server's CLOSE is still to come */
     bool closed;   /* it has come */
@@ -133,6 +135,11 @@ static void shell_free(struct command_shell *shell) {
 static void command_output(struct command *command, int stream, const char *data, size_t length) {
     if (!length)
         return;
+    if (!command->cut && command->output + length > COMMAND_OUTPUT_MOST) {
+        command->cut = true;
+        vm_fail(command->vm, -ERR_CUT, "exec: output is cut after %llu bytes",
+                (unsigned long long)command->output);
+    }
     for (size_t done = 0; done < length && !command->cut;) {
         ssize_t n = pwrite(command->spool, data + done, length - done, (off_t)command->output);
         if (n < 0 && errno == EINTR)
@@ -178,9 +185,9 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
     struct commands *commands = shell->commands;
     struct command *command = shell->command;
     if (command) {
-        if (!shell->out.ended)
+        if (shell->out.begun && !shell->out.ended)
             command_output(command, 1, shell->out.held.data, shell->out.held.len);
-        if (!shell->err.ended)
+        if (shell->err.begun && !shell->err.ended)
             command_output(command, 2, shell->err.held.data, shell->err.held.len);
         command->end = end;
         command->shell = NULL;
@@ -233,19 +240,23 @@ static void shell_kill(struct command_shell *shell) {
         shell_send_kill(shell);
 }
 
-/* The shell's first line on stderr is its process id. */
-static void shell_read_pid(struct command_shell *shell) {
-    struct buf *held = &shell->err.held;
-    char *end = held->len ? memchr(held->data, '\n', held->len) : NULL;
-    if (!end && held->len < COMMAND_PID_LINE)
+/* Waits for the shell's first words, dropping what its start-up files or its login have said
+ * before. */
+static void shell_begin(struct command_shell *shell, struct command_stream *s) {
+    static const char start[] = GUEST_SHELL_START;
+    char *at = s->held.len ? memmem(s->held.data, s->held.len, start, sizeof start - 1) : NULL;
+    char *end = at ? memchr(at, '\n', s->held.len - (size_t)(at - s->held.data)) : NULL;
+    if (!end) {
+        if (!at && s->held.len > COMMAND_START_MOST)
+            buf_consume(&s->held, s->held.len - sizeof start);
         return;
-    shell->pid_read = true;
-    char *after = NULL;
-    long pid = end ? strtol(held->data, &after, 10) : 0;
-    if (!end || after != end || pid <= 1)
-        return; /* something else: it is shown as the command's own */
+    }
+    long pid = strtol(at + sizeof start - 1, NULL, 10);
+    s->begun = true;
+    buf_consume(&s->held, (size_t)(end - s->held.data) + 1);
+    if (shell->pid || pid <= 1)
+        return;
     shell->pid = pid;
-    buf_consume(held, (size_t)(end - held->data) + 1);
     if (shell->kill_wanted)
         shell_send_kill(shell);
 }
@@ -256,13 +267,13 @@ static void shell_data(void *arg, int stream, const char *data, size_t length) {
     if (s->ended || shell->finished)
         return; /* of a process that lives on in the background */
     buf_append(&s->held, data, length);
-    if (stream == 2 && !shell->pid_read)
-        shell_read_pid(shell);
+    if (!s->begun)
+        shell_begin(shell, s);
     if (s->held.failed || (!shell->command && s->held.len > COMMAND_ERRORS_KEPT)) {
         shell_end(shell, COMMAND_LOST);
         return;
     }
-    if (!shell->command || (stream == 2 && !shell->pid_read) || !s->held.len)
+    if (!shell->command || !s->begun || !s->held.len)
         return;
 
     struct command *command = shell->command;

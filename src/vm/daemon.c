@@ -166,6 +166,7 @@ static int daemon_start_housekeeping(struct daemon *d) {
 
 int daemon_open(struct daemon *d, char **ret_why) {
     RB_INIT(&d->vms);
+    list_init(&d->ending);
     d->lock_fd = -1;
     d->uid = getuid();
     d->gid = getgid();

@@ -8,6 +8,7 @@
 
 #include "guest/guest.h"
 #include "util/buf.h"
+#include "util/list.h"
 #include "vmm/vmm.h"
 
 /* The whole that the VMs live in: one for each process, made by main(). */
@@ -51,6 +52,7 @@ struct daemon {
     uint64_t requests;    /* served, for `info` */
     struct timespec started;
     struct vm_index vms;
+    struct list ending; /* VMs that are being destroyed */
 };
 
 /* Takes the state directory (one daemon each: -EBUSY with *ret_why), makes what is missing in it,

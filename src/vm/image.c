@@ -84,6 +84,14 @@ static int image_text(const json_t *json, const char *key, const char *fallback,
     return *ret_text ? 0 : -ERR_NO_MEMORY;
 }
 
+/* It goes into ssh_config: nothing that could be more than a name. */
+static bool image_user_is_valid(const char *user) {
+    static const char letters[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-";
+    size_t length = strlen(user);
+    return length > 0 && length <= 32 && user[0] != '-' && strspn(user, letters) == length;
+}
+
 static int image_parse(struct image *image, const json_t *json, const char **ret_field) {
     const char *inject = json_string_value(json_object_get(json, "inject"));
     const char *os = json_string_value(json_object_get(json, "os"));
@@ -93,10 +101,12 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
     *ret_field = "os (must be \"linux\")";
     if (os && strcmp(os, "linux") != 0)
         return -ERR_INVALID;
+    *ret_field = "user";
+    if (image_text(json, "user", "root", &image->user) < 0 || !image_user_is_valid(image->user))
+        return -ERR_INVALID;
     if (image_file(image, json, *ret_field = "kernel", &image->kernel) < 0 ||
         image_file(image, json, *ret_field = "initrd", &image->initrd) < 0 ||
         image_text(json, *ret_field = "boot_args", "console=ttyS0", &image->boot_args) < 0 ||
-        image_text(json, *ret_field = "user", "root", &image->user) < 0 ||
         image_text(json, *ret_field = "ready", "", &image->ready) < 0 ||
         image_number(json, *ret_field = "vcpus", 256, &image->vcpus) < 0 ||
         image_number(json, *ret_field = "memory", 1 << 20, &image->memory) < 0 ||

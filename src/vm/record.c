@@ -16,6 +16,7 @@
  * replaced by rename, written in the thread pool. */
 
 #define RECORD_VERSION 1
+#define RECORD_RETRY_MS 2000 /* after a failure, such as a full disk */
 #define RECORD_LIMIT (32 << 20)
 
 struct record_writing {
@@ -57,14 +58,20 @@ static void record_free(struct record_writing *w) {
 }
 
 static void record_start(struct vm *vm);
+static void record_due(uv_timer_t *timer);
 
 static void record_written(uv_work_t *work, int status) {
     struct record_writing *w = work->data;
     struct vm *vm = w->vm;
     (void)status;
     vm->saving = false;
-    if (w->status < 0 && !vm->gone)
-        vm_fail(vm, -ERR_IO, "cannot write %s: %s", w->path, strerror(-w->status));
+    if (w->status < 0 && !vm->gone) {
+        if (w->for_vars)
+            vm_fail(vm, -ERR_IO, "cannot write %s: %s", w->path, strerror(-w->status));
+        else
+            log_error("cannot write %s: %s", w->path, strerror(-w->status));
+        uv_timer_start(vm->save_timer, record_due, RECORD_RETRY_MS, 0);
+    }
     if (vm->gone) {
         vars_saved(vm->vars, -ERR_GONE);
         vm_destroy_step(vm);

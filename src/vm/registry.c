@@ -46,6 +46,7 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->guest = &guest_linux;
     list_init(&vm->state_waits);
     list_init(&vm->end_waits);
+    list_init(&vm->ending);
     clock_gettime(CLOCK_REALTIME, &vm->created);
     vm->changed = vm->created;
     vm->id = strdup(id);
@@ -81,12 +82,25 @@ void registry_add(struct daemon *d, struct vm *vm) {
     RB_INSERT(vm_index, &d->vms, vm);
 }
 
+/* The last VM of this id is still being worked on in the thread pool, which knows its files by
+ * their names. */
+static bool vm_id_is_ending(const struct daemon *d, const char *id) {
+    for (const struct list *l = d->ending.next; l != &d->ending; l = l->next) {
+        const struct vm *vm = LIST_OWNER(l, struct vm, ending);
+        if ((vm->boot || vm->saving) && strcmp(vm->id, id) == 0)
+            return true;
+    }
+    return false;
+}
+
 int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
     cleanup_free char *dir = NULL;
     if (!vm_id_is_valid(id))
         return -ERR_INVALID;
     if (vm_find(d, id))
         return -ERR_EXISTS;
+    if (vm_id_is_ending(d, id))
+        return -ERR_BUSY;
     if (asprintf(&dir, "%s/vms/%s", d->settings.state_dir, id) < 0)
         return -ERR_NO_MEMORY;
     if (mkdir(dir, 0700) < 0) {
@@ -159,6 +173,7 @@ static void vm_removed(uv_work_t *work, int status) {
     struct vm *vm = removal->vm;
     (void)status;
     log_info("%s: gone", vm->id);
+    list_remove(&vm->ending);
     vm_shut(vm);
     vm_wait_wake(&vm->end_waits, 0);
     vm_unref(vm);
@@ -189,6 +204,7 @@ void vm_destroy(struct vm *vm, struct vm_wait *wait) {
     if (vm->gone)
         return;
     vm->gone = true;
+    list_append(&d->ending, &vm->ending);
     if (vm_find(d, vm->id) == vm)
         RB_REMOVE(vm_index, &d->vms, vm);
 

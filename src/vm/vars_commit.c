@@ -11,9 +11,6 @@
  * table only when the verdict is success. So the table never shows what was not acknowledged, and a
  * failure leaves it as it was. */
 
-/* How often an update is tried anew because somebody else changed the file. */
-#define VARS_RETRIES 8
-
 struct vars_commit {
     struct list link; /* in vars->queued or batch->commits */
     struct list wait; /* holds the one vm_wait, or none */
@@ -161,6 +158,17 @@ static ssize_t vars_pending_length(const struct vars *vars, const char *name) {
     return size.length;
 }
 
+/* For a commit of `count` changes. Looking through all that is pending for each of many would take
+ * its square; they are counted as if nothing were pending, which is near enough for a limit. */
+#define VARS_MANY 64
+
+static ssize_t vars_expected_length(const struct vars *vars, const char *name, size_t count) {
+    if (count <= VARS_MANY)
+        return vars_pending_length(vars, name);
+    const struct var *var = vars_find((struct vars *)(uintptr_t)vars, name);
+    return var && var->set ? (ssize_t)var->length : -1;
+}
+
 static size_t sized(const char *name, ssize_t length) {
     return length < 0 ? 0 : strlen(name) + (size_t)length;
 }
@@ -178,7 +186,8 @@ void vars_project(struct vars *vars) {
             vars->projected = 0;
         for (size_t i = 0; i < commit->count; i++) {
             const struct vars_commit_change *c = &commit->changes[i];
-            struct vars_size size = {commit->replace ? -1 : vars_pending_length(vars, c->name)};
+            struct vars_size size = {
+                commit->replace ? -1 : vars_expected_length(vars, c->name, commit->count)};
             vars->projected -= sized(c->name, size.length);
             size_visit(&size, c);
             vars->projected += sized(c->name, size.length);
@@ -489,7 +498,7 @@ static int vars_check(struct vars *vars, const struct var_change *changes, size_
     ssize_t growth = replace ? -(ssize_t)vars->projected : 0;
     for (size_t i = 0; i < count; i++) {
         const struct var_change *c = &changes[i];
-        struct vars_size size = {vars_pending_length(vars, c->name)};
+        struct vars_size size = {vars_expected_length(vars, c->name, count)};
         if (!replace)
             growth -= (ssize_t)sized(c->name, size.length);
         int r = vars_check_change(vars->vm, c, &size);

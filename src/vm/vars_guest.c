@@ -62,7 +62,7 @@ static void vars_attach_sent(void *arg, int status, const char *output, size_t l
     struct vm *vm = arg;
     struct vars *vars = vm->vars;
     if (!vm->gone && vars->attached) {
-        if (status == GUEST_CHANGED && vars->retries++ < 8) {
+        if (status == GUEST_CHANGED && vars->retries++ < VARS_RETRIES) {
             vars->attach_read = false;
             status = vars_read(vars);
         } else if (status > 0) {

@@ -12,6 +12,9 @@
 #define VARS_LEARN_LIMIT (2 * VARS_LIMIT)
 #define VARS_LEARN_COUNT 20000
 
+/* How often an update is tried anew because somebody else has changed the file meanwhile. */
+#define VARS_RETRIES 50
+
 struct vars_batch;
 
 struct vars {

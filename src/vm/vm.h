@@ -81,6 +81,7 @@ struct vm {
 
     uv_timer_t *timer;      /* boot deadline */
     uv_timer_t *save_timer; /* see vm_save_soon() */
+    struct list ending;     /* in daemon->ending, once it is gone */
     bool destroying;        /* rmdir has begun */
     bool attached;          /* the guest of this boot has been heard: its file is the truth */
     bool announcing;        /* running as soon as the record says that it is attached */

@@ -118,10 +118,16 @@ static void check_command(const char *shell, const char *command, size_t length,
     int status = shell_run(shell, script.data, &start, &out, &err);
     CHECK_SAID(status == expected_status, "%s: %.40s: status %d", shell, command, status);
     buf_printf(&marked, "%s\036" NONCE " %d\n", expected, expected_status);
+    char *first = out.data ? strchr(out.data, '\n') : NULL;
+    CHECK_SAID(first && !strncmp(out.data, GUEST_SHELL_START, sizeof GUEST_SHELL_START - 1),
+               "%s: no start on stdout", shell);
+    if (first)
+        buf_consume(&out, (size_t)(first - out.data) + 1);
     CHECK_SAID(check_same(out.data, out.len, marked.data, marked.len), "%s: %.40s: printed %s",
                shell, command, out.data ? out.data : "");
     char *line = err.data ? strchr(err.data, '\n') : NULL;
-    CHECK_SAID(line && strtol(err.data, NULL, 10) > 1, "%s: no process id on stderr", shell);
+    CHECK_SAID(line && strtol(err.data + sizeof GUEST_SHELL_START - 1, NULL, 10) > 1,
+               "%s: no process id on stderr", shell);
     CHECK_SAID(line && strstr(line, "\036" NONCE), "%s: no marker on stderr", shell);
 }
 
