@@ -29,7 +29,7 @@
 #define SETTLE_MS 3000
 #define SETTLE_STEP_MS 10
 
-struct process {
+struct program {
     struct daemon daemon;
     struct fuse_channel *channel;
     uv_loop_t loop;
@@ -38,14 +38,14 @@ struct process {
     bool settled, ending;
 };
 
-static struct process process_self = {.report = -1};
+static struct program program_self = {.report = -1};
 
-static struct process *process_of(struct daemon *d) {
-    return LIST_OWNER(d, struct process, daemon);
+static struct program *program_of(struct daemon *d) {
+    return LIST_OWNER(d, struct program, daemon);
 }
 
 /* From here on stderr is the log file. */
-static void process_detach(struct process *p) {
+static void program_detach(struct program *p) {
     cleanup_buf struct buf path = {0};
     buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
     int log = path.failed
@@ -64,19 +64,19 @@ static void process_detach(struct process *p) {
         close(null);
 }
 
-static void process_ready(struct daemon *d) {
-    struct process *p = process_of(d);
+static void program_ready(struct daemon *d) {
+    struct program *p = program_of(d);
     log_info("mounted on %s, with %s", d->settings.mountpoint,
              d->backend_note ? d->backend_note : d->backend->name);
     if (p->report < 0)
         return;
-    process_detach(p);
+    program_detach(p);
     (void)!write(p->report, "", 1);
     close(p->report);
     p->report = -1;
 }
 
-static void process_end(struct process *p) {
+static void program_end(struct program *p) {
     if (p->ending)
         return;
     p->ending = true;
@@ -89,32 +89,32 @@ static void process_end(struct process *p) {
         uv_close((uv_handle_t *)&p->signals[i], NULL);
 }
 
-static void process_unmounted(struct daemon *d) {
-    process_end(process_of(d));
+static void program_unmounted(struct daemon *d) {
+    program_end(program_of(d));
 }
 
-static void process_signal(uv_signal_t *signal, int number) {
+static void program_signal(uv_signal_t *signal, int number) {
     log_info("signal %d", number);
-    process_end(signal->data);
+    program_end(signal->data);
 }
 
-static void process_watch_signals(struct process *p) {
+static void program_watch_signals(struct program *p) {
     static const int numbers[] = {SIGTERM, SIGINT, SIGHUP};
     signal(SIGPIPE, SIG_IGN);
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         uv_signal_init(&p->loop, &p->signals[i]);
         p->signals[i].data = p;
-        uv_signal_start(&p->signals[i], process_signal, numbers[i]);
+        uv_signal_start(&p->signals[i], program_signal, numbers[i]);
     }
 }
 
-static void process_settle_step(uv_timer_t *timer) {
-    struct process *p = timer->data;
+static void program_settle_step(uv_timer_t *timer) {
+    struct program *p = timer->data;
     p->settled = true;
 }
 
 /* Runs the loop until the VMs that were taken over are heard from. */
-static void process_settle(struct process *p) {
+static void program_settle(struct program *p) {
     uv_timer_t timer;
     uint64_t start = uv_hrtime();
     uv_timer_init(&p->loop, &timer);
@@ -122,7 +122,7 @@ static void process_settle(struct process *p) {
     while (!p->ending && !daemon_is_settled(&p->daemon) &&
            uv_hrtime() - start < (uint64_t)SETTLE_MS * 1000000) {
         p->settled = false;
-        uv_timer_start(&timer, process_settle_step, SETTLE_STEP_MS, 0);
+        uv_timer_start(&timer, program_settle_step, SETTLE_STEP_MS, 0);
         while (!p->settled)
             uv_run(&p->loop, UV_RUN_ONCE);
     }
@@ -130,7 +130,7 @@ static void process_settle(struct process *p) {
     uv_run(&p->loop, UV_RUN_NOWAIT);
 }
 
-static void process_raise_limits(void) {
+static void program_raise_limits(void) {
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         files.rlim_cur = files.rlim_max;
@@ -138,36 +138,36 @@ static void process_raise_limits(void) {
     }
 }
 
-static int process_run(struct process *p) {
+static int program_run(struct program *p) {
     cleanup_free char *why = NULL;
     int status = EXIT_FAILURE;
 
-    process_raise_limits();
+    program_raise_limits();
     if (uv_loop_init(&p->loop) < 0) {
         fprintf(stderr, "vmsfs: out of memory\n");
         return EXIT_FAILURE;
     }
     p->daemon.loop = &p->loop;
-    process_watch_signals(p);
+    program_watch_signals(p);
     if (daemon_open(&p->daemon, &why) < 0) {
         fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
     } else {
-        process_settle(p);
-        fuse_channel_on_ready(p->channel, process_ready);
+        program_settle(p);
+        fuse_channel_on_ready(p->channel, program_ready);
         if (p->ending ||
-            fuse_channel_mount(p->channel, p->daemon.settings.mountpoint, process_unmounted) < 0)
+            fuse_channel_mount(p->channel, p->daemon.settings.mountpoint, program_unmounted) < 0)
             fprintf(stderr, "vmsfs: nothing is mounted on %s\n", p->daemon.settings.mountpoint);
         else
             status = EXIT_SUCCESS;
     }
     if (status != EXIT_SUCCESS)
-        process_end(p);
+        program_end(p);
     uv_run(&p->loop, UV_RUN_DEFAULT);
     log_info("ended");
     return status;
 }
 
-static void process_free(struct process *p) {
+static void program_free(struct program *p) {
     fuse_channel_free(p->channel);
     daemon_free(&p->daemon);
     if (p->daemon.loop && uv_loop_close(&p->loop) < 0)
@@ -196,7 +196,7 @@ static int wait_for_mount(int report, pid_t pid, const char *mountpoint) {
 }
 
 /* Forks. In the daemon it returns -1, in the starting process the exit status. */
-static int process_fork(struct process *p) {
+static int program_fork(struct program *p) {
     int report[2];
     if (pipe2(report, O_CLOEXEC) < 0) {
         perror("vmsfs: pipe");
@@ -219,7 +219,7 @@ static int process_fork(struct process *p) {
     return -1;
 }
 
-static bool process_prepare(struct process *p, struct options *options) {
+static bool program_prepare(struct program *p, struct options *options) {
     cleanup_free char *why = NULL;
     if (!options_check(options))
         return false;
@@ -238,7 +238,7 @@ static bool process_prepare(struct process *p, struct options *options) {
 }
 
 int main(int argc, char **argv) {
-    struct process *p = &process_self;
+    struct program *p = &program_self;
     struct options options;
     int status = EXIT_FAILURE;
 
@@ -255,13 +255,13 @@ int main(int argc, char **argv) {
     } else if (ok) {
         log_set_level(options.debug ? LOG_DEBUG : LOG_INFO);
         umask(077);
-        if (process_prepare(p, &options)) {
-            status = options.foreground ? -1 : process_fork(p);
+        if (program_prepare(p, &options)) {
+            status = options.foreground ? -1 : program_fork(p);
             if (status < 0)
-                status = chdir("/") < 0 ? EXIT_FAILURE : process_run(p);
+                status = chdir("/") < 0 ? EXIT_FAILURE : program_run(p);
         }
     }
-    process_free(p);
+    program_free(p);
     options_free_arguments(&options);
     return status;
 }

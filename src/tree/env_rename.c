@@ -124,6 +124,10 @@ static void env_rename_settle(struct env_rename *r) {
         return;
     }
     node_move_child(r->dir, r->from.name, r->to.name);
+    if (r->to.is_key)
+        vars_move(r->dir->vm->vars, r->from.name, r->to.name);
+    else
+        vars_abandon(r->dir->vm->vars, r->from.name);
     if (r->to.scratch && r->to.scratch->table && r->to.is_key)
         scratch_remove(r->to.scratch);
     if (r->from.scratch)

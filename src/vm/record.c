@@ -176,8 +176,10 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     vm->attached = json_is_true(json_object_get(record, "attached"));
     vm->boot_started = uv_now(vm->daemon->loop);
     vm->state = vm->attached ? VM_UNREACHABLE : VM_BOOTING;
-    if (vm->state == VM_BOOTING)
+    if (vm->state == VM_BOOTING) {
+        vars_assume_injected(vm->vars);
         vm_watch_boot(vm);
+    }
 }
 
 struct vm *vm_load(struct daemon *d, const char *dir) {

@@ -123,6 +123,15 @@ struct var *vars_create(struct vars *vars, const char *name) {
     return var;
 }
 
+void vars_move(struct vars *vars, const char *name, const char *new_name) {
+    struct var *from = vars_find(vars, name), *to = vars_find(vars, new_name);
+    if (to) {
+        to->creating = from ? from->creating : 0;
+        to->truncated = from ? from->truncated : 0;
+    }
+    vars_abandon(vars, name);
+}
+
 void vars_abandon(struct vars *vars, const char *name) {
     struct var *var = vars_find(vars, name);
     if (!var)
@@ -189,6 +198,7 @@ size_t var_value_length(const char *bytes, size_t length) {
 struct vars_reading {
     struct vars *vars;
     struct vars *seen; /* names only */
+    bool merge;
     bool differs;
 };
 
@@ -200,6 +210,8 @@ static int vars_read_one(void *arg, const struct env_var *line) {
         return -ERR_NO_MEMORY;
 
     const struct var *var = vars_find(vars, name);
+    if (reading->merge && var && var->set)
+        return 0;
     if (var && var->set && var_value_length(var->bytes, var->length) == line->length &&
         memcmp(var->bytes, line->value, line->length) == 0)
         return 0; /* the bytes that were written are still right */
@@ -244,7 +256,7 @@ int vars_learn(struct vars *vars, const char *text, size_t length, bool merge) {
     if (checked < 0)
         return checked;
     struct vars *seen = calloc(1, sizeof *seen); /* only its index is used */
-    struct vars_reading reading = {.vars = vars, .seen = seen};
+    struct vars_reading reading = {.vars = vars, .seen = seen, .merge = merge};
     cleanup_buf struct buf kept = {0};
     if (!seen)
         return -ERR_NO_MEMORY;

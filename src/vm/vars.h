@@ -101,6 +101,10 @@ int vars_refuse_reserved(struct vm *vm, const char *name);
  * it will not be set. */
 bool vars_newest(struct vars *vars, const char *name, struct buf *out);
 
+/* It has been renamed: who was creating or truncating it does so under the new name, and nobody
+ * else. */
+void vars_move(struct vars *vars, const char *name, const char *new_name);
+
 /* Its name has been removed: who was still creating or truncating it does so no more. */
 void vars_abandon(struct vars *vars, const char *name);
 
@@ -125,6 +129,9 @@ void vars_detach(struct vars *vars, int status);
 /* For the VM's record. */
 json_t *vars_save(const struct vars *vars);
 bool vars_are_owned(const struct vars *vars);
+/* The boot under way was started by an earlier daemon: takes it that the guest has been given the
+ * variables. */
+void vars_assume_injected(struct vars *vars);
 int vars_load(struct vars *vars, const json_t *saved, bool owned);
 /* Is there a batch whose verdict is that of the record's next writing? Then that calls
  * vars_saved(). */

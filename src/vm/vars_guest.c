@@ -45,10 +45,10 @@ static int vars_attach_learn(struct vars *vars, const char *text, size_t length)
     vars->attach_read = true;
     if (!vars->attach_booted)
         return vars_learn(vars, text, length, false);
-    if (!vars->owned) {
-        int r = vars_learn(vars, text, length, true);
-        vars->sent_generation = vars->generation;
-        return r;
+    if (!vars->injected) { /* the image has variables of its own */
+        int learned = vars_learn(vars, text, length, true);
+        vars->sent_generation = vars->owned ? vars->generation - 1 : vars->generation;
+        return learned;
     }
     int r = vars_learn_kept(vars, text, length);
     if (r == 0)
@@ -61,6 +61,7 @@ static int vars_attach_learn(struct vars *vars, const char *text, size_t length)
 static void vars_attach_sent(void *arg, int status, const char *output, size_t length) {
     struct vm *vm = arg;
     struct vars *vars = vm->vars;
+    vars->attach_sending = false;
     if (!vm->gone && vars->attached) {
         if (status == GUEST_CHANGED && vars->retries++ < VARS_RETRIES) {
             vars->attach_read = false;
@@ -78,7 +79,8 @@ static void vars_attach_sent(void *arg, int status, const char *output, size_t l
 }
 
 void vars_attach_step(struct vars *vars) {
-    if (!vars->attached || !vars->attach_read || vars->refreshing || vars->flight)
+    if (!vars->attached || !vars->attach_read || vars->refreshing || vars->flight ||
+        vars->attach_sending)
         return;
     if (!vars->attach_booted || vars->sent_generation == vars->generation) {
         vars_end_attach(vars, 0);
@@ -86,10 +88,12 @@ void vars_attach_step(struct vars *vars) {
     }
     vars->sent_generation = vars->generation;
     int r = vars_send(vars, NULL, vars_attach_sent, vars->vm);
-    if (r < 0)
+    if (r < 0) {
         vars_end_attach(vars, r);
-    else
-        vm_ref(vars->vm);
+        return;
+    }
+    vars->attach_sending = true;
+    vm_ref(vars->vm);
 }
 
 static void vars_take(struct vars *vars, int status, const char *text, size_t length) {
@@ -189,7 +193,12 @@ void vars_touch(struct vars *vars) {
 }
 
 int vars_inject(struct vars *vars, struct buf *out) {
+    vars->injected = vars->owned;
     return vars->owned ? vars_format(vars, NULL, out) : 0;
+}
+
+void vars_assume_injected(struct vars *vars) {
+    vars->injected = vars->owned;
 }
 
 void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status)) {

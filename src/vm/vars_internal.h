@@ -33,6 +33,7 @@ struct vars {
 
     uint64_t learned; /* uv_now() of the last word from the guest; 0: never */
     bool absent;      /* the guest has no such file */
+    bool injected;    /* the boot under way has the table in its guest */
     bool owned;      /* the table is what the user wants: at a boot it wins over the image's file */
     bool refreshing; /* it is being read */
     bool unsealed;   /* our update has not been read back: see guest/linux.c */
@@ -44,6 +45,7 @@ struct vars {
 
     void (*attached)(struct vm *vm, int status); /* not NULL: attaching */
     bool attach_booted;                          /* after a boot, not after a lost connection */
+    bool attach_sending;                         /* the table, and the answer is still to come */
     bool attach_read;                            /* the file has been read */
     uint64_t sent_generation;                    /* of the table as it was sent while attaching */
 
@@ -54,7 +56,8 @@ int vars_set(struct vars *vars, const char *name, const char *bytes, size_t leng
 void vars_unset(struct vars *vars, const char *name);
 size_t vars_count(const struct vars *vars);
 
-/* Takes over what the guest's file says. `merge`: what it does not say stays. */
+/* Takes over what the guest's file says. `merge`: what it does not say stays, and what it says
+ * otherwise than the table does not count. */
 int vars_learn(struct vars *vars, const char *text, size_t length, bool merge);
 /* Takes over only the lines of others. */
 int vars_learn_kept(struct vars *vars, const char *text, size_t length);

@@ -126,8 +126,21 @@ void vm_set_state(struct vm *vm, enum vm_state state) {
     vm_settle(vm);
 }
 
-int vm_check_running(const struct vm *vm) {
-    struct vm *v = (struct vm *)(uintptr_t)vm; /* its words may change */
+/* Asked for in vain, perhaps again and again: words, but not over those about a failure of this
+ * state, nor in the log. */
+static int vm_refuse(struct vm *vm, const char *what) {
+    struct buf text = {0};
+    bool said = vm->error.len && (vm->error_time.tv_sec > vm->changed.tv_sec ||
+                                  (vm->error_time.tv_sec == vm->changed.tv_sec &&
+                                   vm->error_time.tv_nsec >= vm->changed.tv_nsec));
+    if (!said) {
+        buf_printf(&text, "%s is %s: %s", vm->id, vm_state_name(vm->state), what);
+        vm_set_error(vm, &text);
+    }
+    return -ERR_BUSY;
+}
+
+int vm_check_running(struct vm *vm) {
     if (vm->gone)
         return -ERR_GONE;
     switch (vm->state) {
@@ -136,12 +149,10 @@ int vm_check_running(const struct vm *vm) {
     case VM_UNREACHABLE:
         return -ERR_UNREACHABLE; /* `error` says since when and why */
     case VM_BOOTING:
-        return vm_fail(v, -ERR_BUSY, "%s is booting: `echo running > status` waits until it runs",
-                       vm->id);
+        return vm_refuse(vm, "`echo running > status` waits until it runs");
     case VM_STOPPING:
     case VM_STOPPED:
-        return vm_fail(v, -ERR_BUSY, "%s is %s: `echo running > status` starts it", vm->id,
-                       vm_state_name(vm->state));
+        return vm_refuse(vm, "`echo running > status` starts it");
     case VM_FAILED:
         return -ERR_GONE;
     }

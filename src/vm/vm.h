@@ -111,7 +111,7 @@ int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait);
 
 /* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6).
  */
-int vm_check_running(const struct vm *vm);
+int vm_check_running(struct vm *vm);
 
 struct vm *vm_ref(struct vm *vm);
 void vm_unref(struct vm *vm);
