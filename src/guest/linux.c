@@ -64,9 +64,10 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
     cleanup_buf struct buf target = {0}, temporary = {0};
     linux_quoted(&target, path);
     buf_printf(&temporary, "%s.tmp", path);
-    cleanup_buf struct buf t = {0};
+    cleanup_buf struct buf t = {0}, folder = {0};
     linux_quoted(&t, temporary.data);
-    out->failed |= target.failed | temporary.failed | t.failed;
+    env_quote(&folder, path, (size_t)(strrchr(path, '/') - path));
+    out->failed |= target.failed | temporary.failed | t.failed | folder.failed;
     if (out->failed)
         return;
     if (absent)
@@ -76,8 +77,9 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
                    "if ! [ %s -ef /proc/$$/fd/7 ] || [ %s -nt \"$VMSFS_SEEN\" ] || "
                    "read -r x <&7 || [ -n \"$x\" ]",
                    target.data, target.data);
-    buf_printf(out, "; then (exit %d); elif true >%s && command exec 7<>%s && printf %%s ",
-               GUEST_CHANGED, t.data, t.data);
+    buf_printf(out, "; then (exit %d); elif { [ -d %s ] || mkdir -p %s; } && ", GUEST_CHANGED,
+               folder.data, folder.data);
+    buf_printf(out, "true >%s && command exec 7<>%s && printf %%s ", t.data, t.data);
     env_quote(out, bytes, length);
     buf_printf(out,
                " >&7 && mv -f %s %s; then true >\"$VMSFS_SEEN\"; true; else rm -f %s; false; fi",
