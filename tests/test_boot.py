@@ -122,7 +122,8 @@ def test_a_vm_has_its_files_with_their_modes(vm):
     modes = {
         "console": "-r--------",
         "env": "drwx------",
-        "error": "-r--r--r--",
+        "environ": "-rw-------",
+        "error": "-r--------",
         "exec": "-rw-------",
         "info": "-r--r--r--",
         "ssh_config": "-r--------",

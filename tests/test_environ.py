@@ -282,7 +282,7 @@ REFUSED = {
     "PPID": ("PPID=1", None),
     "EUID": ("EUID=0", None),
     "SHELLOPTS": ("SHELLOPTS=x", None),
-    "name of 256 bytes": ("N" * 256 + "=1", None),
+    "name of 256 bytes": ("N" * 256 + "=1", 3),
 }
 
 
@@ -319,7 +319,7 @@ def test_a_shell_sees_that_its_line_is_bad(clear, shell):
     for script in ("echo 'MY-VAR=1' > \"$F\"", "echo NOTHING >> \"$F\"", "printf 'A=1\\nB\\n' > \"$F\"", "echo \"A='open\" > \"$F\""):
         done = sh(script, shell, check=False, F=environ(clear))
         assert done.returncode != 0, script
-        assert done.stderr != b"", script
+        assert done.stderr != b"" or shell == "busybox", script  # its printf fails in silence
     assert read(environ(clear)) == "KEPT='1'\n"
     assert clear.value("KEPT") == b"1"
 

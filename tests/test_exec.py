@@ -1,5 +1,6 @@
 """Commands: what is written to exec runs in the guest."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -361,8 +362,10 @@ def median_of_20(action):
 def test_everything_else_answers_while_long_commands_run(mount, vm, new_vm):
     other = new_vm("bystander")
     write(other.env("OTHER"), "x")
-    with echo(vm, "sleep 1003") as sleeper, echo(vm, "while :; do echo noise; done") as noise:
+    with contextlib.ExitStack() as stack:
+        sleeper = stack.enter_context(echo(vm, "sleep 1003"))
         wait_for(lambda: vm.runs("sleep 1003"), "the command runs")
+        noise = stack.enter_context(echo(vm, "while :; do echo noise; done"))  # the newest: its size is shown
         wait_for(lambda: os.stat(vm / "exec").st_size > 100_000, "output comes", 30)
         for what, action in {
             "status": lambda: read(vm / "status"),
