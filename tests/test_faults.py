@@ -145,8 +145,10 @@ class Cut(Fault):
 
     def end(self):
         self.bell.listen(5)
-        self.vm.wait("running", 60)
+        self.bell.settimeout(30)
+        self.bell.accept()[0].close()
         self.bell.close()
+        self.vm.wait("running", 60)
 
 
 class Frozen(Fault):
