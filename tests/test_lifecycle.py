@@ -253,7 +253,13 @@ def test_an_unreadable_record_does_not_keep_the_daemon_from_its_other_vms(daemon
             f.write(text)
     one.start()
     check_taken_over(one, vm, pid)
-    assert os.listdir(one.mount) == ["good"]
+    # Those are there to be seen, and to be removed.
+    for name in ("empty", "broken", "list"):
+        bad = one.guest(name)
+        assert bad.status() == "failed"
+        assert "vm.json" in bad.error()
+        os.rmdir(bad.path)
+    assert "good" in os.listdir(one.mount)
     assert "broken" in read(one.log)
 
 

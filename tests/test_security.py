@@ -13,6 +13,7 @@ from harness import (
     VMSFS,
     Client,
     environment,
+    mount_line,
     processes_with,
     read,
     read_bytes,
@@ -169,12 +170,31 @@ def test_a_state_directory_of_somebody_else_is_refused(daemon):
     os.chown(one.state, 0, 0)
 
 
-def test_a_state_directory_that_is_open_is_closed(daemon):
+def test_a_state_directory_that_others_may_write_to_is_refused(daemon):
     one = daemon(start=False)
     os.makedirs(one.state)
     os.chmod(one.state, 0o777)
+    done = subprocess.run(one.argv() + ["-f"], capture_output=True, timeout=30, text=True)
+    assert done.returncode > 0 and one.state in done.stderr and "chmod 700" in done.stderr
+    assert not mount_line(one.mount)
+
+
+def test_what_is_in_a_state_directory_that_others_may_read_is_private_by_itself(daemon, open_path):
+    one = daemon(start=False)
+    os.makedirs(one.state)
+    os.chmod(one.state, 0o755)
     one.start()
-    assert stat.S_IMODE(os.stat(one.state).st_mode) == 0o700
+    guest = one.guest("within")
+    os.mkdir(guest.path)
+    write(guest.env("PRIVATE"), "private")
+    open_path(one.state)
+    assert as_nobody('ls "$D"', D=one.state).returncode == 0
+    for name in ("id_ed25519", "lock", "vms/within/vm.json"):
+        assert os.path.exists(os.path.join(one.state, name))
+        done = as_nobody('cat "$F"', F=os.path.join(one.state, name))
+        assert done.returncode != 0 and "ermission denied" in done.stderr, name
+    for name in ("vms", "trash"):
+        assert "ermission denied" in as_nobody('ls "$D"', D=os.path.join(one.state, name)).stderr
 
 
 def test_qemu_is_confined(vm):

@@ -12,7 +12,7 @@ import tempfile
 import pytest
 
 from harness import Client, read, read_bytes, refused, sh, takes_at_most, wait_for, write
-from tools_env import clean_env, environment, guest_file, guest_keys, keys, python
+from tools_env import clean_env, environment, guest_file, guest_keys, keys, python, plain_text
 
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 AT_FDCWD = -100
@@ -64,7 +64,7 @@ def test_what_mkstemp_makes_is_a_file_and_no_variable(clear, name):
     assert (at.st_size, stat.S_IMODE(at.st_mode), at.st_uid, at.st_gid) == (5, 0o755, 3, 4)
     assert at.st_mtime_ns == 1_234_567_890_123_456_789
     assert guest_file(clear) == before
-    assert read(clear / "environ") == "KEPT='v'\n"
+    assert plain_text(clear / "environ") == "KEPT='v'\n"
     os.unlink(path)
     assert keys(clear) == ["KEPT"]
     assert guest_file(clear) == before
@@ -77,7 +77,7 @@ def test_the_special_names_are_scratch_however_they_are_made(clear, name):
     assert read(clear.env(name)) == "one\ntwo\n"
     assert keys(clear) == sorted([name, name + "~"])
     assert guest_file(clear) == before
-    assert read(clear / "environ") == ""
+    assert plain_text(clear / "environ") == ""
 
 
 def test_a_scratch_name_is_taken(clear):
@@ -600,7 +600,7 @@ def test_thousands_of_variables(clear):
         write(clear / "environ", text)
     assert keys(clear) == names
     assert guest_keys(clear) == names
-    assert read(clear / "environ") == text
+    assert plain_text(clear / "environ") == text
     with takes_at_most(15, "ls -l of 2000 variables"):
         lines = subprocess.run(
             ["ls", "-l", clear / "env"], check=True, capture_output=True, timeout=60, env=environment()
@@ -649,7 +649,7 @@ def test_scratch_beside_environ(clear):
     with refused("EEXIST"):
         renameat2(path, clear / "environ", NOREPLACE)
     os.rename(path, clear / "environ")
-    assert read(clear / "environ") == "B='2'\n"
+    assert plain_text(clear / "environ") == "B='2'\n"
     assert guest_keys(clear) == ["B"]
     assert not os.path.exists(path)
     with refused("EPERM", "EACCES", "EINVAL"):
@@ -665,7 +665,7 @@ def test_a_bad_scratch_does_not_become_environ(clear):
     with refused("EINVAL"):
         os.rename(path, clear / "environ")
     assert "line 2" in clear.error()
-    assert read(clear / "environ") == "A='1'\n"
+    assert plain_text(clear / "environ") == "A='1'\n"
     assert read(path) == "B=2\nno assignment\n"
     assert guest_keys(clear) == ["A"]
     os.unlink(path)

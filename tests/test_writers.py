@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from harness import Client, read, wait_for, write
-from tools_env import Reader, clean_env, environment, guest_file, guest_keys, keys, python
+from tools_env import Reader, clean_env, environment, guest_file, guest_keys, keys, python, plain_text
 
 WRITERS = 64
 
@@ -127,13 +127,13 @@ def values(vm):
 
 
 def settled(vm):
-    mine = read(vm / "environ")
+    mine = plain_text(vm / "environ")
     theirs = "".join(
         line.removeprefix("export ") + "\n"
         for line in guest_file(vm).decode(errors="replace").splitlines()
         if not line.startswith("#")
     )
-    return mine == theirs and read(vm / "environ") == mine
+    return mine == theirs and plain_text(vm / "environ") == mine
 
 
 # --- group commit ---

@@ -165,3 +165,11 @@ class Reader:
 
 def state_file(path):
     return read(path) if os.path.exists(path) else ""
+
+
+def plain_text(path):
+    """The lines of environ that are variables: without those that make a shell export them."""
+    text = read(path)
+    if text.startswith("set -a\n") and text.endswith("set +a\n"):
+        return text[len("set -a\n") : -len("set +a\n")]
+    return text

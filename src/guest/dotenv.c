@@ -307,10 +307,20 @@ static int name_read(struct scan *s) {
     return 0;
 }
 
+/* `set -a` and `set +a`, as they are printed (DOTENV_BEGIN, DOTENV_END) and as people write them
+ * around such files. */
+static bool is_set_line(const struct scan *s) {
+    size_t end = line_end(s);
+    while (end > s->at && (is_blank(s->text[end - 1]) || s->text[end - 1] == '\r'))
+        end--;
+    return end - s->at == 6 &&
+           (!memcmp(s->text + s->at, "set -a", 6) || !memcmp(s->text + s->at, "set +a", 6));
+}
+
 /* Goes to the end of the statement's last line, not behind it. */
 static int statement_read(struct scan *s, dotenv_var *on_var, void *arg) {
     blanks_skip(s);
-    if (peek(s) == '#' || is_line_end(s)) {
+    if (peek(s) == '#' || is_line_end(s) || is_set_line(s)) {
         s->at = line_end(s);
         return is_at_nul(s) ? fail(s, NULL) : 0;
     }

@@ -11,8 +11,9 @@
  * state.
  *
  * A statement is: optional blanks, optional `export` and blanks, NAME, `=`, a value, the end of the
- * line (LF, CR LF or the end of the text). Blank lines, lines whose first non-blank is `#` and a
- * UTF-8 BOM at the start are skipped. There are two kinds of value:
+ * line (LF, CR LF or the end of the text). Blank lines, lines whose first non-blank is `#`, the
+ * lines `set -a` and `set +a`, and a UTF-8 BOM at the start are skipped. There are two kinds of
+ * value:
  *
  *  - It begins with ' or ": one sh word (POSIX.1-2017, Shell Command Language, 2.2), made of '…',
  *    "…" (each over several lines if need be), \x and bare characters. One thing is as in dotenv
@@ -24,6 +25,11 @@
  * Nothing is expanded. What sh would expand by name or by command ($a, $_, ${, $( and the
  * backquote, outside '…' and not escaped) is an error, because a reader would be surprised either
  * way. Every other `$` is literal, and so are ~ and *. */
+
+/* Around the lines, so that a shell that reads them exports what they set. The parser passes over
+ * them. */
+#define DOTENV_BEGIN "set -a\n"
+#define DOTENV_END "set +a\n"
 
 /* Appends one line a variable, in the order given. Any value without NUL survives, through
  * dotenv_parse as through a shell. */

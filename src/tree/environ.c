@@ -133,8 +133,22 @@ static int environ_print_one(void *arg, const char *name, const char *bytes, siz
 }
 
 int environ_print(struct vm *vm, struct buf *out) {
+    bool wrapped = !vm->environ_plain && !RB_EMPTY(vars_index(vm->vars));
+    if (wrapped)
+        buf_append_str(out, DOTENV_BEGIN);
     vars_each(vm->vars, environ_print_one, out);
+    if (wrapped)
+        buf_append_str(out, DOTENV_END);
     return out->failed ? -ERR_NO_MEMORY : 0;
+}
+
+/* Everything has been replaced by this text. If that is what would be printed, but for the lines
+ * around it, they are left out from now on: who compares it with his own finds no difference. */
+static void environ_note_style(struct vm *vm, const struct buf *text) {
+    cleanup_buf struct buf plain = {0};
+    vars_each(vm->vars, environ_print_one, &plain);
+    vm->environ_plain = plain.len > 0 && !plain.failed && plain.len == text->len &&
+                        memcmp(plain.data, text->data, plain.len) == 0;
 }
 
 static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
@@ -172,6 +186,8 @@ struct environ_rename {
 
 static void environ_rename_answer(void *arg, int status, struct request *rq) {
     struct environ_rename *r = arg;
+    if (status == 0)
+        environ_note_style(r->dir->vm, &r->scratch->content);
     if (status == 0 && r->scratch->table) {
         node_move_child(r->dir, r->scratch->name, r->row->name);
         struct node *node = node_find_child(r->dir, r->row->name);
@@ -216,6 +232,8 @@ static void environ_verdict(void *arg, int status, struct request *rq) {
     struct environ_handle *h = arg;
     if (status < 0)
         h->dirty = false;
+    else if (!h->dirty && !environ_appends(h))
+        environ_note_style(h->handle.node->vm, &h->content);
     if (status == 0 && h->writing)
         request_answer_written(rq, h->writing);
     else

@@ -73,7 +73,8 @@ struct vm {
     struct guest_facts facts; /* known once the guest has been reached */
     struct vmm *vmm;          /* NULL when nothing runs */
     struct vars *vars;
-    uint64_t environ_removed;      /* uv_now() when `environ` was last unlinked; 0: it is there */
+    bool environ_plain;       /* `environ` is printed without the lines that make a shell export */
+    uint64_t environ_removed; /* uv_now() when `environ` was last unlinked; 0: it is there */
     struct scratches *env_scratch; /* temporary files beside the variables */
     struct scratches *vm_scratch;  /* and beside `environ` */
     struct control *control;       /* resident shell */

@@ -184,6 +184,8 @@ static void lines_around_statements_are_as_in_dotenv_files(void) {
     READS("export A=1\n \texport \t B='2'\nexport export=3\nexport=4",
           "A=1\0B=2\0export=3\0export=4\0");
     READS("  A=1\n\t_b9=2\n", "A=1\0_b9=2\0");
+    READS("set -a\nA=1\nset +a \r\nB=2", "A=1\0B=2\0");
+    REFUSES("set -e\n", 1, "no = in this line");
     READS("exportA=1\nexports=2\n", "exportA=1\0exports=2\0");
     READS("A=1\nB=2\nA='3'\n", "A=1\0B=2\0A=3\0");
     READS("\xef\xbb\xbf"
