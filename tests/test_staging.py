@@ -613,9 +613,9 @@ def test_thousands_of_variables(clear):
     with takes_at_most(10, "one set among 2000"):
         write(clear.env("MANY_1000"), "changed")
     assert clear.value("MANY_1000") == b"changed"
-    with takes_at_most(60, "rm of 1000 variables"):
-        sh(f"rm '{clear / 'env'}'/MANY_0*")
-    assert guest_keys(clear) == names[1000:]
+    with takes_at_most(60, "rm of 100 variables"):
+        sh(f"rm '{clear / 'env'}'/MANY_00*")
+    assert guest_keys(clear) == names[100:]
     write(clear / "environ", "")
     os.truncate(clear / "environ", 0)
     wait_for(lambda: keys(clear) == [], "all are gone")
