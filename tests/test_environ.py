@@ -500,3 +500,18 @@ def test_errno_of_a_vm_that_is_gone(new_vm):
     with pytest.raises(OSError) as caught:
         plain_text(environ(vm))
     assert caught.value.errno == errno.ENOENT
+
+
+# --- beside env/ ---
+
+
+def test_what_environ_changes_shows_in_env_at_once(clear):
+    write(environ(clear), "GONE=1\nCHANGED=1\n")
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(clear / "env")}
+    assert sizes == {"CHANGED": 2, "GONE": 2}
+    sh(f"ls -l '{clear / 'env'}'")
+    write(environ(clear), "CHANGED=12345\nNEW=1\n")
+    assert not os.path.exists(clear.env("GONE"))
+    assert os.path.exists(clear.env("NEW"))
+    assert os.stat(clear.env("CHANGED")).st_size == 6
+    assert read(clear.env("CHANGED")) == "12345\n"
