@@ -36,7 +36,7 @@ void inode_forget_all(struct fuse_channel *channel) {
         inode_forget(channel, node, node->lookups);
 }
 
-void node_to_entry(const struct node *node, struct fuse_entry_param *ret_entry, bool listed) {
+void node_to_entry(const struct node *node, struct fuse_entry_param *ret_entry) {
     struct node_stat stat;
     node->ops->stat(node, &stat);
     *ret_entry = (struct fuse_entry_param){
@@ -45,6 +45,4 @@ void node_to_entry(const struct node *node, struct fuse_entry_param *ret_entry, 
         .attr_timeout = stat.attr_seconds,
         .entry_timeout = stat.entry_seconds,
     };
-    if (listed && stat.listed_seconds > 0)
-        ret_entry->attr_timeout = ret_entry->entry_timeout = stat.listed_seconds;
 }

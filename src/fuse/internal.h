@@ -64,7 +64,7 @@ void inode_lookup(struct fuse_channel *channel, struct node *node);
 void inode_forget(struct fuse_channel *channel, struct node *node, uint64_t lookups);
 void inode_forget_all(struct fuse_channel *channel);
 
-void node_to_entry(const struct node *node, struct fuse_entry_param *ret_entry, bool listed);
+void node_to_entry(const struct node *node, struct fuse_entry_param *ret_entry);
 
 /* What is still open when the file system is unmounted has no RELEASE to come. */
 void handles_release_all(struct fuse_channel *channel);

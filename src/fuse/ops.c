@@ -64,7 +64,7 @@ static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
     }
     struct fuse_entry_param entry;
     inode_lookup(channel, node);
-    node_to_entry(node, &entry, false);
+    node_to_entry(node, &entry);
     if (fuse_reply_entry(req, &entry) < 0)
         inode_forget(channel, node, 1);
 }
@@ -342,7 +342,7 @@ static size_t ops_dir_add(fuse_req_t req, struct ops_dir *dir, size_t at, bool p
         return fuse_add_direntry_plus(req, out, room, name->name, &entry, next);
     if (dir->node->ops->lookup(dir->node, name->name, &node) == 0) {
         inode_lookup(channel, node);
-        node_to_entry(node, &entry, true);
+        node_to_entry(node, &entry);
     }
     return fuse_add_direntry_plus(req, out, room, name->name, &entry, next);
 }

@@ -47,7 +47,7 @@ static void fuse_request_entry(struct request *rq, struct node *node) {
     struct fuse_channel *channel = ((struct fuse_request *)rq)->channel;
     struct fuse_entry_param entry;
     inode_lookup(channel, node);
-    node_to_entry(node, &entry, false);
+    node_to_entry(node, &entry);
     if (fuse_reply_entry(fuse_request_take(rq), &entry) < 0)
         inode_forget(channel, node, 1); /* the asker is gone: the kernel did not take it */
 }
@@ -84,7 +84,7 @@ static void fuse_request_created(struct request *rq, struct node *node, struct h
     struct fuse_entry_param entry;
     fuse_request_set_file(channel, &file, handle);
     inode_lookup(channel, node);
-    node_to_entry(node, &entry, false);
+    node_to_entry(node, &entry);
     if (fuse_reply_create(fuse_request_take(rq), &entry, &file) < 0) {
         handle->ops->release(handle);
         inode_forget(channel, node, 1);

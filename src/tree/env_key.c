@@ -21,7 +21,6 @@ static void env_key_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->entry_seconds = 0; /* a name may come and go in the guest, or get another node */
     ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
-    ret_stat->listed_seconds = 1; /* `ls -l` asks for each next */
     ret_stat->st.st_mode = S_IFREG | 0600;
     if (!var) { /* removed, and still open */
         ret_stat->st.st_nlink = 0;

@@ -21,10 +21,9 @@ struct daemon;
 
 /* What getattr answers; filled from memory, never waiting. */
 struct node_stat {
-    struct stat st;        /* st_ino, st_mode, st_size, times, owner; the rest is filled in */
-    double entry_seconds;  /* how long the kernel may keep the name */
-    double attr_seconds;   /* how long it may keep the rest */
-    double listed_seconds; /* the same for both when it learns them from a listing; 0: as above */
+    struct stat st;       /* st_ino, st_mode, st_size, times, owner; the rest is filled in */
+    double entry_seconds; /* how long the kernel may keep the name */
+    double attr_seconds;  /* how long it may keep the rest */
 };
 
 /* One open of a node. Kinds that keep more than this embed it as their first member. */
