@@ -12,7 +12,7 @@
 #include <uv.h>
 
 #include "fuse/channel.h"
-#include "options.h"
+#include "fuse/options.h"
 #include "tree/node.h"
 #include "util/cleanup.h"
 #include "util/log.h"

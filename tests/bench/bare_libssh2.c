@@ -11,16 +11,17 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The floor that vmsfs is measured against: the same work, done by a program that knows nothing but libssh2.
+/* The floor that vmsfs is measured against: the same work, done by a program that knows nothing but
+ * libssh2.
  *
  *     bare_libssh2 ADDRESS PORT USER KEY_FILE KNOWN_HOSTS ALIAS
  *
- * Connects, then takes one request a line on stdin and answers each with the nanoseconds it took, on stdout:
+ * Connects, then takes one request a line on stdin and answers each with the nanoseconds it took,
+ * on stdout:
  *
- *     set TEXT   a file in the guest is replaced by TEXT and a newline (printf > tmp && mv tmp file), by a resident shell
- *     get        the file is read, by the resident shell
- *     echo       the resident shell says something: the bare round trip
- *     true       a channel is opened and runs `true`
+ *     set TEXT   a file in the guest is replaced by TEXT and a newline (printf > tmp && mv tmp
+ * file), by a resident shell get        the file is read, by the resident shell echo       the
+ * resident shell says something: the bare round trip true       a channel is opened and runs `true`
  *
  * What it says before the first request is how long the connection took. */
 
@@ -60,7 +61,8 @@ static void check_host_key(const char *known_hosts, const char *alias) {
     int type;
     const char *key = libssh2_session_hostkey(session, &length, &type);
     LIBSSH2_KNOWNHOSTS *hosts = libssh2_knownhost_init(session);
-    if (!hosts || libssh2_knownhost_readfile(hosts, known_hosts, LIBSSH2_KNOWNHOST_FILE_OPENSSH) < 0)
+    if (!hosts ||
+        libssh2_knownhost_readfile(hosts, known_hosts, LIBSSH2_KNOWNHOST_FILE_OPENSSH) < 0)
         fail(known_hosts);
     if (libssh2_knownhost_check(hosts, alias, key, length,
                                 LIBSSH2_KNOWNHOST_TYPE_PLAIN | LIBSSH2_KNOWNHOST_KEYENC_RAW,
@@ -89,7 +91,8 @@ static void run_true(void) {
 /* One round trip of the resident shell: `script`, and then a mark with its status. */
 static void shell_do(LIBSSH2_CHANNEL *shell, const char *script) {
     static char text[65536], answer[65536];
-    int length = snprintf(text, sizeof text, "{ %s; } 2>&1 </dev/null; printf '\\036%%d\\n' $?\n", script);
+    int length =
+        snprintf(text, sizeof text, "{ %s; } 2>&1 </dev/null; printf '\\036%%d\\n' $?\n", script);
     size_t got = 0;
     if (length < 0 || (size_t)length >= sizeof text)
         fail("the script is too long");
@@ -114,7 +117,8 @@ static void shell_do(LIBSSH2_CHANNEL *shell, const char *script) {
 /* `text` has to be free of quotes. */
 static void shell_set(LIBSSH2_CHANNEL *shell, const char *text) {
     static char script[32768];
-    snprintf(script, sizeof script, "printf '%%s\\n' '%s' >" BENCH_FILE ".tmp && mv -f " BENCH_FILE ".tmp " BENCH_FILE,
+    snprintf(script, sizeof script,
+             "printf '%%s\\n' '%s' >" BENCH_FILE ".tmp && mv -f " BENCH_FILE ".tmp " BENCH_FILE,
              text);
     shell_do(shell, script);
 }

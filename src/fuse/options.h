@@ -4,7 +4,7 @@
 
 #include "vm/daemon.h"
 
-/* The command line. */
+/* The command line. It is read with <fuse_opt.h>, so it lives here. */
 
 struct options {
     struct settings settings;

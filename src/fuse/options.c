@@ -1,4 +1,4 @@
-#include "options.h"
+#include "fuse/options.h"
 
 #include <errno.h>
 #include <fuse_opt.h>
