@@ -82,8 +82,10 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
     buf_printf(out, "true >%s && command exec 7<>%s && printf %%s ", t.data, t.data);
     env_quote(out, bytes, length);
     buf_printf(out,
-               " >&7 && mv -f %s %s; then true >\"$VMSFS_SEEN\"; true; else rm -f %s; false; fi",
-               t.data, target.data, t.data);
+               " >&7 && mv -f %s %s; then true >\"$VMSFS_SEEN\"; true; "
+               /* busybox's printf fails without a word; dd has one. */
+               "else dd if=/dev/zero of=%s bs=1024 count=%zu; rm -f %s; false; fi",
+               t.data, target.data, t.data, length / 1024 + 1, t.data);
 }
 
 /* Field 5 of /proc/PID/stat is the process group (proc(5)). */
