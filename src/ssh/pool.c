@@ -5,7 +5,7 @@
 #include "ssh/internal.h"
 #include "util/errors.h"
 
-#define POOL_MEMBERS 16 /* connections to one server */
+#define POOL_MEMBERS 24 /* connections to one server */
 #define POOL_RETRY 1000 /* ms after a refused connection, while others carry on */
 #define POOL_LIMIT_LIFE                                                                            \
     60000 /* ms for which a limit met by a session is believed: OpenSSH counts a                   \
