@@ -13,7 +13,7 @@ import pytest
 
 import conftest
 from harness import SHELLS, read, read_bytes, wait_for, write
-from tools_env import Terminal, clean_env, environment, guest_keys, keys
+from tools_env import Terminal, clean_env, environment, guest_keys, keys, plain_text
 
 OLD = b"old value\n"
 NEW = b"new value\n"
@@ -427,7 +427,7 @@ def test_tool_on_environ(box, folder, name):
     files = sorted(os.listdir(box.path))
     done = run(box, folder, row.script, row.shell, row.seconds)
     assert done.returncode == 0, f"{done.stderr.decode(errors='replace')}\n{box.error()}"
-    assert read_bytes(box / "environ") == ENVIRON_NEW
+    assert plain_text(box / "environ").encode() == ENVIRON_NEW
     assert [box.value(k) for k in ("AA", "TOOL", "ZZ")] == [b"1", b"new value", b"it's"]
     assert sorted(os.listdir(box.path)) == files
     assert keys(box) == guest_keys(box) == ["AA", "TOOL", "ZZ"]
@@ -437,7 +437,7 @@ def test_tool_on_environ(box, folder, name):
     assert again.returncode == 0, again.stderr.decode(errors="replace")
     if row.again is not None:
         assert again.stdout == b"", again.stdout.decode(errors="replace")
-    assert read_bytes(box / "environ") == ENVIRON_NEW
+    assert plain_text(box / "environ").encode() == ENVIRON_NEW
     assert sorted(os.listdir(box.path)) == files
     assert keys(box) == guest_keys(box) == ["AA", "TOOL", "ZZ"]
 
