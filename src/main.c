@@ -221,6 +221,15 @@ static int program_fork(struct program *p) {
 
 static bool program_prepare(struct program *p, struct options *options) {
     cleanup_free char *why = NULL;
+    struct node *root = node_root_new(&p->daemon);
+    /* Names the options that nobody knows: before what they would have changed is looked for. */
+    p->channel =
+        root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
+    if (!p->channel) {
+        if (root)
+            node_unref(root);
+        return false;
+    }
     if (!options_check(options))
         return false;
     if (vmm_find(options->settings.backend, &p->daemon.backend, &why) < 0) {
@@ -229,12 +238,7 @@ static bool program_prepare(struct program *p, struct options *options) {
     }
     p->daemon.backend_note = why;
     why = NULL;
-    struct node *root = node_root_new(&p->daemon);
-    p->channel =
-        root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
-    if (!p->channel && root)
-        node_unref(root);
-    return p->channel != NULL;
+    return true;
 }
 
 int main(int argc, char **argv) {

@@ -246,7 +246,11 @@ def test_an_ssh_server_that_is_gone_makes_the_vm_unreachable_and_comes_back(new_
         ('echo a > "$D/env/A"', 'echo b > "$D/env/A"'),
         ('rm "$D/env/A"', 'ls "$D/env"'),
         ('rm "$D/env/A"', 'cat "$D/env/B"'),
-        # Not `echo new > env/NEW`: the kernel's open(O_CREAT) waits for a held UNLINK of its directory unkillably.
+        ('rm "$D/env/A"', 'echo new > "$D/env/NEW"'),
+        ('rm "$D/env/A"', 'rm "$D/env/B"'),
+        ('mv "$D/env/A" "$D/env/C"', 'echo new > "$D/env/NEW"'),
+        ('mv "$D/env/A" "$D/env/C"', 'mv "$D/env/B" "$D/env/D"'),
+        ('echo B=x > "$D/.s" && mv "$D/.s" "$D/environ"', 'cat "$D/status" && echo new > "$D/env/NEW"'),
         ('echo stopped > "$D/status"', 'echo running > "$D/status"'),
         ('cat "$D/exec"', 'cat "$D/exec"'),
     ],
@@ -270,6 +274,57 @@ def test_who_waits_for_another_waiting_client_can_be_killed(daemon, first, secon
             before.signal(signal.SIGKILL)
             before.result(20)
             assert time.monotonic() - start < 1
+
+
+REMOVALS = {
+    "rm": ('rm "$D/env/A"', {"A": None, "B": "b"}),
+    "mv to a free name": ('mv "$D/env/A" "$D/env/C"', {"A": None, "B": "b", "C": "a"}),
+    "mv onto another": ('mv "$D/env/A" "$D/env/B"', {"A": None, "B": "a"}),
+    "mv of scratch": ('cd "$D/env" && echo s > .s && mv "$D/env/.s" "$D/env/A"', {"A": "s", "B": "b"}),
+    "mv to scratch": ('mv "$D/env/A" "$D/env/A.bak" && cat "$D/env/A.bak"', {"A": None, "B": "b"}),
+    "exchange": ("python3 -c 'import ctypes, os; d = os.environ[\"D\"].encode() + b\"/env/\"; "
+                 "exit(ctypes.CDLL(None).renameat2(-100, d + b\"A\", -100, d + b\"B\", 2))'", {"A": "b", "B": "a"}),
+    "rm in the directory": ('cd "$D/env" && rm A', {"A": None, "B": "b"}),
+    "mv onto environ": ('echo "B=x" > "$D/.s" && mv "$D/.s" "$D/environ"', {"A": None, "B": "x"}),
+}  # fmt: skip
+
+
+@pytest.mark.deadline(200)
+def test_a_removal_that_takes_long_has_its_verdict_and_holds_up_nobody(daemon):
+    """It gives the directory's lock back, and is told what became of it when that is known."""
+    one = daemon(timeout=60)
+    vm = one.boot("slow")
+    for what, (script, after) in REMOVALS.items():
+        sh('cd "$D/env" && rm -f C && echo a > A && echo b > B', D=vm.path)
+        os.kill(vm.qemu(), signal.SIGSTOP)
+        with Client(script, env={"D": vm.path, "PATH": PATH}).waits(what) as client:
+            if "directory" not in what:
+                with takes_at_most(1, f"ls during {what}"):
+                    assert "B" in sh('ls "$D/env"', D=vm.path).stdout
+            os.kill(vm.qemu(), signal.SIGCONT)
+            status, out, errors = client.result(30)
+            assert (status, errors) == (0, ""), what
+            assert what != "mv to scratch" or out == b"a\n"
+        for name, value in after.items():
+            assert sh('cat "$D/env/$N" 2>&1 || :', D=vm.path, N=name).stdout.strip() == value or value is None, what
+            assert vm.is_set(name) == (value is not None), (what, name)
+            assert value is None or vm.value(name) == value.encode(), (what, name)
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("what", ["rm", "mv onto another", "rm in the directory"])
+def test_a_removal_that_is_never_answered_fails_in_time(daemon, what):
+    one = daemon(timeout=2)
+    vm = one.boot("never")
+    sh('cd "$D/env" && echo a > A && echo b > B', D=vm.path)
+    vm.close()
+    os.kill(vm.qemu(), signal.SIGSTOP)
+    with takes_at_most(2 + SLACK), Client(REMOVALS[what][0], env={"D": vm.path, "PATH": PATH}) as client:
+        status, _, errors = client.result(20)
+    assert status != 0
+    assert "timed out" in errors or "No route to host" in errors
+    assert "guest" in vm.error()
+    os.kill(vm.qemu(), signal.SIGCONT)
 
 
 def clients_that_wait(vm):

@@ -59,6 +59,7 @@ struct fuse_channel *fuse_channel_new(struct daemon *d, int argc, char **argv, s
     channel->daemon = d;
     RB_INIT(&channel->inodes);
     list_init(&channel->parked);
+    list_init(&channel->removals);
     list_init(&channel->handles);
     list_init(&channel->dirs);
     channel->last_inode = FUSE_ROOT_ID;
@@ -103,6 +104,7 @@ void fuse_channel_unmount(struct fuse_channel *channel) {
         return;
     channel->mounted = channel->fd_open = false;
     fuse_requests_cancel_all(channel, -ERR_GONE);
+    removals_free_all(channel);
     handles_release_all(channel);
     uv_poll_stop(&channel->poll);
     uv_close((uv_handle_t *)&channel->poll, NULL);

@@ -11,6 +11,8 @@
 
 RB_HEAD(inode_index, node);
 
+struct removal;
+
 struct fuse_channel {
     struct daemon *daemon;
     struct fuse_session *session;
@@ -19,6 +21,7 @@ struct fuse_channel {
     uv_async_t interrupted; /* an interrupt callback has marked a request */
     uv_timer_t doubts;      /* looks again at requests whose asker has a harmless signal */
     struct list parked;     /* of fuse_request */
+    struct list removals;   /* of removal: let go of, and not yet asked for again */
     struct list handles;    /* of handle: open files */
     struct list dirs;       /* of ops_dir: open directories */
     struct inode_index inodes;
@@ -36,10 +39,12 @@ enum fuse_request_kind { REQUEST_PLAIN, REQUEST_ATTR };
 struct fuse_request {
     struct request rq;
     struct fuse_channel *channel;
-    fuse_req_t req;
+    fuse_req_t req; /* NULL: let go of (removal.c) */
     enum fuse_request_kind kind;
-    struct node *node;          /* of REQUEST_ATTR; a reference */
+    struct node *node;          /* of REQUEST_ATTR and of a LOOKUP that waits; a reference */
     struct fuse_file_info file; /* of open and create */
+
+    struct removal *removal;    /* of UNLINK and RENAME */
 
     struct list link; /* in channel->parked while it waits */
     request_cancel *cancel;
@@ -51,6 +56,34 @@ struct fuse_request {
 /* A new request for an operation that is passed to the tree. NULL: no memory, and it has been
  * answered. */
 struct fuse_request *fuse_request_new(struct fuse_channel *channel, fuse_req_t req);
+
+void fuse_request_free(struct fuse_request *r);
+/* Gives up a parked request. */
+void fuse_request_cancel(struct fuse_request *r, int status);
+/* A parked request that was let go of is to be answered as `req`. */
+void fuse_request_attach(struct fuse_request *r, fuse_req_t req);
+
+/* Removals: UNLINK and RENAME give the lock of their directory back when they take long.
+ *
+ * A request that may have to. (new_dir NULL: UNLINK.) */
+void removal_begin(struct fuse_request *r, struct node *dir, const char *name, struct node *new_dir,
+                   const char *new_name, unsigned flags);
+/* It has been parked. */
+void removal_wait(struct removal *removal);
+/* It has its answer. True: kept for the kernel's next try, the request is gone; false: the kernel
+ * waits for it. */
+bool removal_answered(struct fuse_request *r, int status);
+/* Is this UNLINK or RENAME the next try of one that was let go of? Then it has been taken. */
+bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct node *dir,
+                    const char *name, const struct node *new_dir, const char *new_name,
+                    unsigned flags);
+/* Has this LOOKUP, which has found `node`, to wait for one? Then it has been taken. */
+bool removal_holds_lookup(struct fuse_channel *channel, fuse_req_t req, struct node *node);
+/* Does the asker of this LOOKUP come back for one that concerns this name? Then what it knows by it
+ * is *ret_node: a new reference, or NULL for nothing. */
+bool removal_knows(struct fuse_channel *channel, fuse_req_t req, const struct node *dir,
+                   const char *name, struct node **ret_node);
+void removals_free_all(struct fuse_channel *channel);
 
 /* Gives up every parked request. */
 void fuse_requests_cancel_all(struct fuse_channel *channel, int status);

@@ -57,14 +57,27 @@ static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
     if (!dir)
         return;
     channel->daemon->requests++;
-    int r = dir->ops->lookup ? dir->ops->lookup(dir, name, &node) : -ERR_NOT_A_DIRECTORY;
+    int r = -ERR_NOT_A_DIRECTORY;
+    bool known = removal_knows(channel, req, dir, name, &node);
+    if (known)
+        r = node ? 0 : -ERR_NOT_FOUND;
+    else if (dir->ops->lookup)
+        r = dir->ops->lookup(dir, name, &node);
     if (r < 0) {
         fuse_reply_err(req, error_to_user(r));
+        return;
+    }
+    if (!known && removal_holds_lookup(channel, req, node)) {
+        node_unref(node);
         return;
     }
     struct fuse_entry_param entry;
     inode_lookup(channel, node);
     node_to_entry(node, &entry);
+    if (known) {
+        entry.attr.st_nlink = 1;
+        entry.entry_timeout = entry.attr_timeout = 0;
+    }
     if (fuse_reply_entry(req, &entry) < 0)
         inode_forget(channel, node, 1);
 }
@@ -155,14 +168,34 @@ static void ops_rmdir(fuse_req_t req, fuse_ino_t parent, const char *name) {
 }
 
 static void ops_unlink(fuse_req_t req, fuse_ino_t parent, const char *name) {
-    OPS_DIR_CALL(req, parent, unlink, -ERR_NOT_PERMITTED, name);
+    struct fuse_channel *channel = ops_channel(req);
+    struct node *dir = ops_name_fits(req, name) ? ops_node(req, parent) : NULL;
+    if (!dir || removal_resume(channel, req, dir, name, NULL, NULL, 0))
+        return;
+    struct fuse_request *r = fuse_request_new(channel, req);
+    if (r && dir->ops->unlink) {
+        removal_begin(r, dir, name, NULL, NULL, 0);
+        dir->ops->unlink(dir, name, &r->rq);
+    } else if (r) {
+        request_answer(&r->rq, -ERR_NOT_PERMITTED);
+    }
 }
 
 static void ops_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t new_parent,
                        const char *new_name, unsigned flags) {
-    struct node *new_dir = ops_name_fits(req, new_name) ? ops_node(req, new_parent) : NULL;
-    if (new_dir)
-        OPS_DIR_CALL(req, parent, rename, -ERR_NOT_PERMITTED, name, new_dir, new_name, flags);
+    struct fuse_channel *channel = ops_channel(req);
+    bool fits = ops_name_fits(req, name) && ops_name_fits(req, new_name);
+    struct node *dir = fits ? ops_node(req, parent) : NULL;
+    struct node *new_dir = dir ? ops_node(req, new_parent) : NULL;
+    if (!new_dir || removal_resume(channel, req, dir, name, new_dir, new_name, flags))
+        return;
+    struct fuse_request *r = fuse_request_new(channel, req);
+    if (r && dir->ops->rename) {
+        removal_begin(r, dir, name, new_dir, new_name, flags);
+        dir->ops->rename(dir, name, new_dir, new_name, flags, &r->rq);
+    } else if (r) {
+        request_answer(&r->rq, -ERR_NOT_PERMITTED);
+    }
 }
 
 static void ops_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode,

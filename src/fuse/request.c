@@ -12,11 +12,12 @@
 /* Requests: answered exactly once, at once or after a wait that has a deadline and can be
  * interrupted. */
 
-static void fuse_request_free(struct fuse_request *r) {
+void fuse_request_free(struct fuse_request *r) {
     if (r->cancel || !list_is_empty(&r->link)) {
         list_remove(&r->link);
         /* Locks the request list of libfuse: after this the callback is not called any more. */
-        fuse_req_interrupt_func(r->req, NULL, NULL);
+        if (r->req)
+            fuse_req_interrupt_func(r->req, NULL, NULL);
     }
     if (r->deadline) {
         uv_timer_stop(r->deadline);
@@ -40,6 +41,8 @@ static void fuse_request_status(struct request *rq, int status) {
         rq->ops->attr(rq, r->node);
         return;
     }
+    if (r->removal && removal_answered(r, status))
+        return;
     fuse_reply_err(fuse_request_take(rq), error_to_user(status));
 }
 
@@ -99,11 +102,12 @@ static void fuse_request_written(struct request *rq, size_t length) {
     fuse_reply_write(fuse_request_take(rq), length);
 }
 
-static void fuse_request_cancel(struct fuse_request *r, int status) {
+void fuse_request_cancel(struct fuse_request *r, int status) {
     request_cancel *cancel = r->cancel;
     list_remove(&r->link);
     r->cancel = NULL;
-    fuse_req_interrupt_func(r->req, NULL, NULL);
+    if (r->req)
+        fuse_req_interrupt_func(r->req, NULL, NULL);
     cancel(&r->rq, status, r->cancel_arg);
 }
 
@@ -137,8 +141,15 @@ static void fuse_request_wait(struct request *rq, unsigned timeout_ms, request_c
             uv_async_send(&r->channel->interrupted);
         }
     }
+    if (r->removal)
+        removal_wait(r->removal);
     /* Calls back at once when the interrupt has come already. */
     fuse_req_interrupt_func(r->req, fuse_request_interrupted, r);
+}
+
+void fuse_request_attach(struct fuse_request *r, fuse_req_t req) {
+    r->req = req;
+    fuse_req_interrupt_func(req, fuse_request_interrupted, r);
 }
 
 static const struct request_ops fuse_request_ops = {
