@@ -282,6 +282,21 @@ def test_records_are_private_whole_json(daemon):
 
 
 @pytest.mark.deadline(240)
+def test_what_a_killed_daemon_was_writing_is_swept_up(daemon):
+    one = daemon()
+    vm = one.boot("swept")
+    one.kill()
+    record = os.path.join(one.state, "vms", "swept", "vm.json")
+    leftover, kept = record + ".aB3dE6", record + ".unreadable"
+    write(leftover, "half of a rec")
+    write(kept, "not ours to remove")
+    one.start()
+    vm.wait("running")
+    assert not os.path.exists(leftover)
+    assert os.path.exists(kept) and os.path.exists(record)
+
+
+@pytest.mark.deadline(240)
 def test_a_daemon_that_has_died_is_named_with_the_remedy(daemon):
     one = daemon()
     os.kill(one.pid, signal.SIGKILL)

@@ -44,7 +44,7 @@ struct fuse_request {
     struct node *node;          /* of REQUEST_ATTR and of a LOOKUP that waits; a reference */
     struct fuse_file_info file; /* of open and create */
 
-    struct removal *removal;    /* of UNLINK and RENAME */
+    struct removal *removal; /* of UNLINK and RENAME */
 
     struct list link; /* in channel->parked while it waits */
     request_cancel *cancel;

@@ -17,7 +17,7 @@
  * has no such LOOKUP: its second try waits with the lock, until it is answered. */
 
 #define REMOVAL_PATIENCE_MS 100 /* with the lock */
-#define REMOVAL_RETURN_MS 1000  /* the kernel comes back at once, unless its process was killed */
+#define REMOVAL_RETURN_MS 5000  /* the kernel comes back at once, unless its process was killed */
 
 struct removal {
     struct list link; /* in channel->removals while it is let go of */
@@ -51,6 +51,23 @@ static void removal_free(struct removal *removal) {
     free(removal);
 }
 
+static struct removal *removal_find(struct fuse_channel *channel, pid_t tid) {
+    for (struct list *l = channel->removals.next; l != &channel->removals; l = l->next) {
+        struct removal *removal = LIST_OWNER(l, struct removal, link);
+        if (removal->tid == tid)
+            return removal;
+    }
+    return NULL;
+}
+
+/* Nobody has come back for it. */
+static void removal_is_forgotten(uv_timer_t *timer) {
+    struct removal *removal = timer->data;
+    if (removal->r)
+        fuse_request_cancel(removal->r, -ERR_INTERRUPTED); /* answers into `status` */
+    removal_free(removal);
+}
+
 static struct node *removal_child(struct node *dir, const char *name) {
     struct node *node = node_find_child(dir, name);
     return node ? node_ref(node) : NULL;
@@ -58,7 +75,10 @@ static struct node *removal_child(struct node *dir, const char *name) {
 
 void removal_begin(struct fuse_request *r, struct node *dir, const char *name, struct node *new_dir,
                    const char *new_name, unsigned flags) {
+    struct removal *former = removal_find(r->channel, r->rq.pid);
     struct removal *removal = r->rq.pid > 0 ? calloc(1, sizeof *removal) : NULL;
+    if (former) /* it asks for something else now */
+        removal_is_forgotten(former->timer);
     if (!removal)
         return; /* it is held, then */
     list_init(&removal->link);
@@ -83,14 +103,6 @@ void removal_begin(struct fuse_request *r, struct node *dir, const char *name, s
         removal_free(removal);
     else
         r->removal = removal;
-}
-
-/* Nobody has come back for it. */
-static void removal_is_forgotten(uv_timer_t *timer) {
-    struct removal *removal = timer->data;
-    if (removal->r)
-        fuse_request_cancel(removal->r, -ERR_INTERRUPTED); /* answers into `status` */
-    removal_free(removal);
 }
 
 static void removal_let_go(uv_timer_t *timer) {
@@ -127,15 +139,6 @@ bool removal_answered(struct fuse_request *r, int status) {
         request_answer_entry(&lookup->rq, node_ref(lookup->node));
     }
     return true;
-}
-
-static struct removal *removal_find(struct fuse_channel *channel, pid_t tid) {
-    for (struct list *l = channel->removals.next; l != &channel->removals; l = l->next) {
-        struct removal *removal = LIST_OWNER(l, struct removal, link);
-        if (removal->tid == tid)
-            return removal;
-    }
-    return NULL;
 }
 
 bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct node *dir,

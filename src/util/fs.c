@@ -1,5 +1,6 @@
 #include "util/fs.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -7,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -101,6 +103,25 @@ int fs_replace(const char *path, mode_t mode, const void *data, size_t length) {
 
 int fs_replace_fast(const char *path, mode_t mode, const void *data, size_t length) {
     return fs_replace_file(path, mode, data, length, false);
+}
+
+void fs_remove_leftovers(const char *path) {
+    cleanup_free char *folder = strdup(path);
+    char *slash = folder ? strrchr(folder, '/') : NULL;
+    if (!slash)
+        return;
+    *slash = '\0';
+    const char *base = slash + 1;
+    size_t length = strlen(base);
+    DIR *dir = opendir(folder);
+    if (!dir)
+        return;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        const char *end = entry->d_name + length;
+        if (strncmp(entry->d_name, base, length) == 0 && end[0] == '.' && strlen(end) == 7)
+            unlinkat(dirfd(dir), entry->d_name, 0);
+    }
+    closedir(dir);
 }
 
 static int fs_remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw) {

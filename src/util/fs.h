@@ -20,6 +20,9 @@ int fs_replace(const char *path, mode_t mode, const void *data, size_t length);
  * host. */
 int fs_replace_fast(const char *path, mode_t mode, const void *data, size_t length);
 
+/* Removes what fs_replace() of this file has left beside it in a process that was killed. */
+void fs_remove_leftovers(const char *path);
+
 /* Removes a directory and all that is in it, not following links. */
 int fs_remove_all(const char *path);
 

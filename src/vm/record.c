@@ -188,6 +188,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     json_error_t error;
     if (asprintf(&path, "%s/vm.json", dir) < 0 || fs_read(path, RECORD_LIMIT, &text) < 0)
         return NULL;
+    fs_remove_leftovers(path);
     json_t *record = json_loadb(text.data ? text.data : "", text.len, 0, &error);
     if (text.data)
         explicit_bzero(text.data, text.len);
