@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/statvfs.h>
@@ -294,9 +295,43 @@ static void ops_fsync(fuse_req_t req, fuse_ino_t id, int datasync, struct fuse_f
         request_answer(&r->rq, 0);
 }
 
+/* A notification about poll(2) takes no lock of an inode and waits for nobody: the kernel looks up
+ * the open file in a tree and wakes those who wait for it (Linux, fs/fuse/file.c:
+ * fuse_notify_poll_wakeup()). So, unlike those that invalidate, it may come from the loop. */
+static void ops_wake(struct handle *handle) {
+    struct fuse_pollhandle *poll = handle->poll;
+    handle->poll = NULL;
+    if (!poll)
+        return;
+    fuse_lowlevel_notify_poll(poll);
+    fuse_pollhandle_destroy(poll);
+}
+
+static void ops_poll(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file,
+                     struct fuse_pollhandle *poll) {
+    struct handle *handle = ops_handle(file);
+    (void)id;
+    ops_channel(req)->daemon->requests++;
+    if (poll) {
+        if (handle->poll)
+            fuse_pollhandle_destroy(handle->poll);
+        handle->poll = poll;
+        handle->wake = ops_wake;
+    }
+    fuse_reply_poll(req, handle->ops->poll ? handle->ops->poll(handle)
+                                           : POLLIN | POLLRDNORM | POLLOUT | POLLWRNORM);
+}
+
+static void ops_forget_poll(struct handle *handle) {
+    if (handle->poll)
+        fuse_pollhandle_destroy(handle->poll);
+    handle->poll = NULL;
+}
+
 static void ops_release(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file) {
     struct handle *handle = ops_handle(file);
     (void)id;
+    ops_forget_poll(handle);
     handle->ops->release(handle);
     fuse_reply_err(req, 0);
 }
@@ -423,6 +458,7 @@ void handles_release_all(struct fuse_channel *channel) {
     struct list *link;
     while ((link = list_pop(&channel->handles))) {
         struct handle *handle = LIST_OWNER(link, struct handle, open);
+        ops_forget_poll(handle);
         handle->ops->release(handle);
     }
     while ((link = list_pop(&channel->dirs)))
@@ -457,6 +493,7 @@ const struct fuse_lowlevel_ops fuse_channel_ops = {
     .flush = ops_flush,
     .fsync = ops_fsync,
     .release = ops_release,
+    .poll = ops_poll,
     .opendir = ops_opendir,
     .readdir = ops_readdir,
     .readdirplus = ops_readdirplus,

@@ -12,7 +12,9 @@
 #include <unistd.h>
 
 #include "util/cleanup.h"
+#include "util/number.h"
 #include "vm/image.h"
+#include "vm/spool.h"
 
 #define DEFAULT_IMAGE "tiny"
 #define DEFAULT_BACKEND "auto"
@@ -23,7 +25,7 @@
 /* As they were given; numbers are checked afterwards, as a whole. */
 struct raw_options {
     char *state, *images, *backend, *image, *vcpus, *memory, *boot_timeout, *timeout,
-        *scratch_timeout, *env_file;
+        *scratch_timeout, *env_file, *output_max;
     int ephemeral, foreground, debug, help, version;
     char *arguments[2];
     int count;
@@ -45,6 +47,7 @@ static const struct fuse_opt option_table[] = {
     TEXT(timeout),
     TEXT(scratch_timeout),
     TEXT(env_file),
+    TEXT(output_max),
     FLAG("ephemeral", ephemeral),
     FLAG("-f", foreground),
     FLAG("-d", debug),
@@ -78,6 +81,7 @@ void options_print_help(void) {
            "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
            "    -o scratch_timeout=S how long temporary files in env/ live unused (%d)\n"
            "    -o env_file=PATH     the variables' file in the guest (" GUEST_ENV_FILE ")\n"
+           "    -o output_max=BYTES  how much of a command's output is kept (1G)\n"
            "    -o ephemeral         destroy all VMs at unmount\n"
            "\n"
            "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console.\n"
@@ -219,6 +223,14 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
         !option_number("scratch_timeout", raw->scratch_timeout, 1, 86400, DEFAULT_SCRATCH_TIMEOUT,
                        &s->scratch_timeout))
         return false;
+    s->output_max = SPOOL_LIMIT_DEFAULT;
+    if (raw->output_max &&
+        (number_parse_size(raw->output_max, 1, &s->output_max) < 0 ||
+         s->output_max < SPOOL_LIMIT_LEAST || s->output_max > SPOOL_LIMIT_MOST)) {
+        fprintf(stderr, "vmsfs: -o output_max=%s: takes bytes from 64K to 1T, such as 100M\n",
+                raw->output_max);
+        return false;
+    }
     s->scratch_timeout *= 1000;
     s->boot_timeout *= 1000;
     s->timeout *= 1000;
@@ -228,7 +240,8 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
 static void raw_free(struct raw_options *raw) {
     char *all[] = {raw->state,        raw->images,       raw->backend,         raw->image,
                    raw->vcpus,        raw->memory,       raw->boot_timeout,    raw->timeout,
-                   raw->arguments[0], raw->arguments[1], raw->scratch_timeout, raw->env_file};
+                   raw->arguments[0], raw->arguments[1], raw->scratch_timeout, raw->env_file,
+                   raw->output_max};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }

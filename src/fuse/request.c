@@ -181,10 +181,12 @@ struct fuse_request *fuse_request_new(struct fuse_channel *channel, fuse_req_t r
 
 /* Signals that say nothing against waiting on: the kernel sends FUSE_INTERRUPT for any pending
  * signal, once a request, also when a shell's background job ends (SIGCHLD), a window changes its
- * size, or a Go runtime preempts a thread (SIGURG). */
+ * size, or a Go runtime preempts a thread (SIGURG). Who is to be stopped (Ctrl-Z) stops when he has
+ * his answer. */
 #define SIGNAL_BIT(n) (UINT64_C(1) << ((n)-1))
 #define HARMLESS_SIGNALS                                                                           \
-    (SIGNAL_BIT(SIGCHLD) | SIGNAL_BIT(SIGWINCH) | SIGNAL_BIT(SIGURG) | SIGNAL_BIT(SIGCONT))
+    (SIGNAL_BIT(SIGCHLD) | SIGNAL_BIT(SIGWINCH) | SIGNAL_BIT(SIGURG) | SIGNAL_BIT(SIGCONT) |       \
+     SIGNAL_BIT(SIGSTOP) | SIGNAL_BIT(SIGTSTP) | SIGNAL_BIT(SIGTTIN) | SIGNAL_BIT(SIGTTOU))
 
 /* Has the asker a signal that asks it to stop waiting? Without an answer from /proc: yes. */
 static bool asker_is_called_away(pid_t tid) {

@@ -12,6 +12,7 @@
 #define GUEST_ENV_FILE "/etc/profile.d/vmsfs_env.sh"
 
 #define GUEST_SHELL_START "\036vmsfs "
+#define GUEST_READY "\036ready "
 
 /* Exit statuses of scripts. */
 #define GUEST_CHANGED 75
@@ -25,6 +26,19 @@ struct guest_facts {
     char shell[128]; /* the user's, if it understands sh; else /bin/sh */
     bool own_shell;  /* it is the user's: the server runs commands with it */
     bool own_group;  /* the server gives each command a process group of its own */
+};
+
+/* A command to be run. Borrowed for the call. */
+struct guest_command {
+    const char *nonce;
+    bool login; /* as in a login shell: its start-up files are read before */
+    bool words; /* `text` is a list of words, each ended by a NUL: a program and its arguments, as
+                   execvp(3) takes them. Else it is sh */
+    bool input; /* what follows is its stdin; else that is empty */
+    const char *folder; /* absolute; NULL: where a login starts */
+    const char *text;
+    size_t length;
+    const struct buf *exports; /* made by command_export(); NULL: none */
 };
 
 struct guest_ops {
@@ -53,19 +67,26 @@ struct guest_ops {
      * not, and the old file is there. */
     void (*env_replace)(struct buf *out, const char *path, const char *bytes, size_t length,
                         bool absent);
-    /* Sends TERM to the process group of the command whose first process is `pid`, and KILL to what
-     * is left of it after the grace, whether this side lives to see it or not. */
-    void (*command_kill)(struct buf *out, long pid, unsigned grace_s);
+    /* Sends a signal ("TERM"; one that signal_is_known() knows) to the process group of the command
+     * whose first process is `pid`, and, unless the grace is 0, KILL to what is left of it then,
+     * whether this side lives to see it or not. A status other than 0: it has ended. */
+    void (*command_signal)(struct buf *out, long pid, const char *signal, unsigned grace_s);
+    bool (*signal_is_known)(const char *signal);
 
     /* The shell that is started in advance for one command: it prints GUEST_SHELL_START, its
      * process id and a newline on stdout and on stderr (what comes before that is not the
      * command's), and waits for command_start() on its input. When the command ends it prints the
-     * marker (guest_marker_find) on stdout and on stderr. Variables are those of the moment of
-     * command_start(). `new_group`: it is to make a process group of its own. */
+     * marker (guest_marker_find) on stdout and on stderr, unless the command has replaced it: then
+     * the end is that of its process. Variables are those of the moment of command_start().
+     * `new_group`: it is to make a process group of its own. */
     void (*command_shell)(struct buf *out, const struct guest_facts *facts, const char *env_path,
                           bool new_group);
-    void (*command_start)(struct buf *out, const char *nonce, bool login, const char *command,
-                          size_t length);
+    /* True: the command prints GUEST_READY and its nonce and a newline, on stdout and before
+     * anything else, when it has taken in its text; input must not be sent before that. */
+    bool (*command_start)(struct buf *out, const struct guest_command *command);
+
+    /* Appends to a command's `exports`: a variable for it alone. */
+    void (*command_export)(struct buf *out, const char *name, const char *value, size_t length);
 };
 
 extern const struct guest_ops guest_linux;

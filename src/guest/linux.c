@@ -117,12 +117,33 @@ static void linux_control_facts(const char *output, size_t length, struct guest_
     }
 }
 
-static void linux_command_kill(struct buf *out, long pid, unsigned grace_s) {
-    /* The process is gone when the command has ended meanwhile: no error. Its group outlives it. */
-    buf_printf(out,
-               "{ read -r a b c d g e </proc/%ld/stat && kill -TERM -\"$g\" && "
-               "{ (sleep %u; kill -KILL -\"$g\") >/dev/null 2>&1 & }; } 2>/dev/null || :",
-               pid, grace_s);
+/* Sets $g to the process group of `pid`: field 5 of /proc/PID/stat (proc(5)), the third behind the
+ * name, which is in parentheses and may hold anything. */
+static void linux_find_group(struct buf *out, long pid) {
+    buf_printf(out, "read -r s </proc/%ld/stat && s=${s##*) } && set -- $s && g=$3", pid);
+}
+
+static const char *const linux_signals[] = {
+    "HUP",  "INT",  "QUIT", "ILL",  "TRAP",   "ABRT", "BUS",   "FPE",  "KILL", "USR1",
+    "SEGV", "USR2", "PIPE", "ALRM", "TERM",   "CHLD", "CONT",  "STOP", "TSTP", "TTIN",
+    "TTOU", "URG",  "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO",   "PWR",  "SYS",
+};
+
+static bool linux_signal_is_known(const char *signal) {
+    for (size_t i = 0; i < sizeof linux_signals / sizeof *linux_signals; i++)
+        if (strcmp(linux_signals[i], signal) == 0)
+            return true;
+    return false;
+}
+
+/* The group outlives its first process. */
+static void linux_command_signal(struct buf *out, long pid, const char *signal, unsigned grace_s) {
+    buf_append_str(out, "{ ");
+    linux_find_group(out, pid);
+    buf_printf(out, " && kill -%s -\"$g\"", signal);
+    if (grace_s)
+        buf_printf(out, " && { (sleep %u; kill -KILL -\"$g\") >/dev/null 2>&1 & }", grace_s);
+    buf_append_str(out, "; } 2>/dev/null");
 }
 
 /* The shell that was started in advance. `eval` runs the command in this very shell, so that
@@ -160,28 +181,93 @@ static void linux_command_shell(struct buf *out, const struct guest_facts *facts
  * follows the line and is taken in by one `head`. */
 #define LINUX_COMMAND_INLINE 2048
 
-static void linux_command_start(struct buf *out, const char *nonce, bool login, const char *command,
-                                size_t length) {
+static void linux_command_export(struct buf *out, const char *name, const char *value,
+                                 size_t length) {
+    buf_printf(out, "export %s=", name);
+    env_quote(out, value, length);
+    buf_append_char(out, '\n');
+}
+
+/* What exists in the shell only (POSIX.1-2017, 2.14 and 1.6: intrinsic utilities). */
+static bool linux_is_builtin(const char *name) {
+    static const char *const names[] = {
+        ".",     ":",      "alias", "bg",   "cd",     "command", "eval",     "exec",   "exit",
+        "fc",    "export", "fg",    "hash", "jobs",   "read",    "readonly", "return", "set",
+        "shift", "times",  "trap",  "type", "ulimit", "umask",   "unalias",  "unset",  "wait",
+    };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(names[i], name) == 0)
+            return true;
+    return false;
+}
+
+/* A program takes the shell's place: its process is the one that the server has started, so that
+ * its status or signal is told to the letter, and no fork is paid for. */
+static void linux_command_words(struct buf *out, const char *words, size_t length) {
+    const char *end = words + length;
+    if (!linux_is_builtin(words))
+        buf_append_str(out, "exec ");
+    for (const char *word = words; word < end; word += strlen(word) + 1) {
+        env_quote(out, word, strlen(word));
+        buf_append_char(out, ' ');
+    }
+}
+
+static void linux_command_text(struct buf *out, const struct guest_command *command) {
+    if (command->exports)
+        buf_append(out, command->exports->data ? command->exports->data : "",
+                   command->exports->len);
+    if (command->folder) {
+        buf_append_str(out, "cd ");
+        linux_quoted(out, command->folder);
+        buf_append_str(out, " || exit 1\n");
+    }
+    if (command->words)
+        linux_command_words(out, command->text, command->length);
+    else
+        buf_append(out, command->text, command->length);
+}
+
+static void linux_command_inline(struct buf *out, const struct buf *text) {
+    buf_append_char(out, '\'');
+    for (size_t i = 0; i < text->len; i++) {
+        if (text->data[i] == '\'')
+            buf_append_str(out, "'\\''");
+        else if (text->data[i] == '\n')
+            buf_append_str(out, "'\"$_vmsfs_nl\"'");
+        else
+            buf_append_char(out, text->data[i]);
+    }
+    buf_append_char(out, '\'');
+}
+
+static bool linux_command_start(struct buf *out, const struct guest_command *command) {
+    const char *nonce = command->nonce;
+    cleanup_buf struct buf text = {0};
+    linux_command_text(&text, command);
+    out->failed |= text.failed;
+    bool follows = text.len > LINUX_COMMAND_INLINE;
     buf_printf(out,
                "trap '_vmsfs_s=$?; echo \"" RS "%s $_vmsfs_s\"; echo \"" RS
                "%s $_vmsfs_s\" >&2; exit $_vmsfs_s' EXIT; ",
                nonce, nonce);
-    buf_append_str(out, login ? "_vmsfs_login; _vmsfs_env; " : "_vmsfs_env; ");
-    if (length > LINUX_COMMAND_INLINE) {
-        buf_printf(out, "_vmsfs_line=$(head -c %zu); eval \"$_vmsfs_line\" </dev/null\n", length);
-        buf_append(out, command, length);
-        return;
-    }
-    buf_append_str(out, "eval '");
-    for (size_t i = 0; i < length; i++) {
-        if (command[i] == '\'')
-            buf_append_str(out, "'\\''");
-        else if (command[i] == '\n')
-            buf_append_str(out, "'\"$_vmsfs_nl\"'");
-        else
-            buf_append_char(out, command[i]);
-    }
-    buf_append_str(out, "' </dev/null\n");
+    /* head may read more than it is asked for. */
+    if (follows)
+        buf_printf(out, "_vmsfs_line=$(head -c %zu); ", text.len);
+    if (follows && command->input)
+        buf_printf(out, "echo '" GUEST_READY "%s'; ", nonce);
+    buf_append_str(out, command->login ? "_vmsfs_login </dev/null; _vmsfs_env; eval "
+                                       : "_vmsfs_env; eval ");
+    if (follows)
+        buf_append_str(out, "\"$_vmsfs_line\"");
+    else
+        linux_command_inline(out, &text);
+    buf_append_str(out, command->input ? "\n" : " </dev/null\n");
+    if (follows)
+        buf_append(out, text.data, text.len);
+    if (text.data)
+        explicit_bzero(text.data, text.len);
+    return follows && command->input;
 }
 
 const struct guest_ops guest_linux = {
@@ -193,7 +279,9 @@ const struct guest_ops guest_linux = {
     .name_is_reserved = linux_name_is_reserved,
     .env_read = linux_env_read,
     .env_replace = linux_env_replace,
-    .command_kill = linux_command_kill,
+    .command_signal = linux_command_signal,
+    .signal_is_known = linux_signal_is_known,
     .command_shell = linux_command_shell,
     .command_start = linux_command_start,
+    .command_export = linux_command_export,
 };

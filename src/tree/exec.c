@@ -2,8 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tree/output.h"
 #include "tree/tree.h"
-#include "util/cleanup.h"
 #include "util/errors.h"
 #include "vm/command.h"
 
@@ -15,8 +15,6 @@
  *
  * The kernel moves the file position of whoever shares a descriptor, so offsets say nothing here: a
  * handle reads on from where it has read to. */
-
-#define EXEC_READ_MAX (1024 * 1024)
 
 struct exec_handle {
     struct handle handle;
@@ -39,7 +37,7 @@ static void exec_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
-    ret_stat->st.st_size = newest ? (off_t)newest->output : 0;
+    ret_stat->st.st_size = newest ? (off_t)newest->out.end : 0;
     ret_stat->entry_seconds = 0; /* a node for each lookup */
     ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
@@ -97,7 +95,7 @@ static void exec_command_progress(struct vm_wait *wait, int status) {
 
 static void exec_write_cancel(struct request *rq, int status, void *arg) {
     struct exec_wait *w = arg;
-    command_kill(w->command);
+    command_kill(w->command, COMMAND_KILL_S);
     exec_wait_free(w);
     request_answer(rq, status);
 }
@@ -113,11 +111,21 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
                                "exec: the command written before on this open file still runs"));
         return;
     }
-    int r = command_run(handle->node->vm, data, length, &command);
+    size_t text = length;
+    while (text > 0 && data[text - 1] == '\n')
+        text--;
+    struct vm *vm = handle->node->vm;
+    const struct command_spec spec = {
+        .name = "exec",
+        .guest = {.text = data, .length = text, .login = vm_uses_login_shell(vm)},
+        .output_max = vm->daemon->settings.output_max,
+    };
+    int r = command_run(vm, &spec, &command);
     if (r < 0) {
         request_answer(rq, r);
         return;
     }
+    command_set_newest(command);
     if ((handle->flags & O_ACCMODE) == O_RDWR) {
         if (h->command)
             command_unref(h->command);
@@ -129,7 +137,7 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
     }
     struct exec_wait *w = exec_wait_new(h, command, rq, length, exec_command_progress);
     if (!w) {
-        command_kill(command);
+        command_kill(command, COMMAND_KILL_S);
         request_answer(rq, -ERR_NO_MEMORY);
     } else {
         /* No deadline: a command may take its time. What is watched is that the guest is alive. */
@@ -145,29 +153,7 @@ static bool exec_answer_read(struct exec_handle *h, size_t length, struct reques
         request_answer_data(rq, "", 0);
         return true;
     }
-    uint64_t left = command->output - h->position;
-    if (left == 0 && command->end == COMMAND_RUNNING)
-        return false;
-    if (left == 0) {
-        if (command->end == COMMAND_LOST || command->cut)
-            request_answer(rq, command->cut ? -ERR_CUT : -ERR_COMMAND_LOST);
-        else
-            request_answer_data(rq, "", 0);
-        return true;
-    }
-    if (length > EXEC_READ_MAX)
-        length = EXEC_READ_MAX;
-    if (length > left)
-        length = (size_t)left;
-    cleanup_free char *data = malloc(length);
-    ssize_t n = data ? pread(command->spool, data, length, (off_t)h->position) : -1;
-    if (n <= 0) {
-        request_answer(rq, -ERR_IO);
-        return true;
-    }
-    h->position += (uint64_t)n;
-    request_answer_data(rq, data, (size_t)n);
-    return true;
+    return output_answer_read(command, &command->out, &h->position, length, rq);
 }
 
 static void exec_read_progress(struct vm_wait *wait, int status) {
@@ -200,7 +186,7 @@ static void exec_release(struct handle *handle) {
     struct exec_handle *h = (struct exec_handle *)handle;
     if (h->command) {
         if (h->own)
-            command_kill(h->command);
+            command_kill(h->command, COMMAND_KILL_S);
         command_unref(h->command);
     }
     handle_done(handle);

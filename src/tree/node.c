@@ -162,6 +162,8 @@ void handle_init(struct handle *handle, struct node *node, int flags) {
     handle->node = node_ref(node);
     handle->ops = node->ops;
     handle->flags = flags;
+    handle->poll = NULL;
+    handle->wake = NULL;
     list_init(&handle->open);
 }
 

@@ -33,6 +33,9 @@ struct handle {
         *ops;         /* of the node when it was opened: a rename may make it another kind */
     int flags;        /* of open(2) */
     struct list open; /* the transport's own: all that are open */
+    void *poll;       /* the transport's own: who is to be woken; NULL: nobody */
+    /* Set by the transport: poll() may say something else now. Spurious calls do no harm. */
+    void (*wake)(struct handle *handle);
 };
 
 /* A directory listing, taken as a whole when the directory is opened, so that offsets stay right
@@ -67,6 +70,9 @@ struct node_ops {
     void (*flush)(struct handle *handle, struct request *rq);
     void (*fsync)(struct handle *handle, struct request *rq);
     void (*release)(struct handle *handle); /* frees the handle */
+    /* poll(2): the events of <poll.h> that are there now. When others may come, the node sees to it
+     * that handle->wake is called then, once. NULL: always ready, as files are. */
+    unsigned (*poll)(struct handle *handle);
 
     /* Changes of mode, owner, times and size; `mask` of NODE_SET_…. */
     void (*setattr)(struct node *node, struct handle *handle, const struct stat *want,

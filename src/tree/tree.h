@@ -8,6 +8,7 @@ extern const struct node_ops root_ops;   /* /: the VMs */
 extern const struct node_ops vmdir_ops;  /* ID/: a static table of the rest */
 extern const struct node_ops env_ops;    /* ID/env/ */
 extern const struct node_ops exec_ops;   /* ID/exec */
+extern const struct node_ops jobs_ops;   /* ID/jobs/ */
 extern const struct node_ops status_ops; /* ID/status */
 extern const struct node_ops text_ops;   /* info, error, ssh_config: what a row's generate() says */
 extern const struct node_ops console_ops;

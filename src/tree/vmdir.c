@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "tree/environ.h"
+#include "tree/run.h"
 #include "tree/scratch.h"
 #include "tree/tree.h"
 #include "util/cleanup.h"
@@ -40,6 +41,8 @@ static const struct node_row vmdir_rows[] = {
     {"error", S_IFREG | 0400, &text_ops, vmdir_error},
     {"exec", S_IFREG | 0600, &exec_ops, NULL},
     {"info", S_IFREG | 0444, &text_ops, vmdir_info},
+    {"jobs", S_IFDIR | 0700, &jobs_ops, NULL},
+    {"run", S_IFREG | 0755, &text_ops, run_print},
     {"ssh_config", S_IFREG | 0400, &text_ops, vmdir_ssh_config},
     {"status", S_IFREG | 0644, &status_ops, NULL},
 };

@@ -20,6 +20,7 @@
     X(DENIED, EACCES, "authentication or host key refused")                                        \
     X(COMMAND_FAILED, EREMOTEIO, "the command failed in the guest")                                \
     X(COMMAND_LOST, ECONNRESET, "the connection was lost while the command ran")                   \
+    X(NO_READER, EPIPE, "the command takes no more input")                                         \
     X(UNSUPPORTED, EOPNOTSUPP, "this backend cannot do that")                                      \
     X(INTERRUPTED, EINTR, "interrupted")                                                           \
     X(NOT_PERMITTED, EPERM, "not a thing that can be done to this file")                           \

@@ -19,14 +19,13 @@
  * most of what a short command costs. One such shell, the spare, is kept for each VM. */
 
 #define COMMAND_ERRORS_KEPT 2048 /* bytes of stderr that `error` may quote */
-#define COMMAND_KILL_S 2         /* from TERM to KILL */
 #define COMMAND_SPARE_MS 20   /* from a command's start to that of the next spare: out of its way */
 #define COMMAND_LINGER_MS 300 /* from one stream's end to giving up on the other's */
 #define COMMAND_POOL_IDLE_MS 60000 /* a connection beyond the first, without commands */
 #define COMMAND_START_MOST                                                                         \
     4096 /* bytes before the shell's first words that are looked at together */
-#define COMMAND_OUTPUT_MOST (INT64_C(1) << 30) /* bytes that are spooled of a command */
-#define COMMAND_FINISHED_MOST 64 /* shells whose command has ended and whose channel has not */
+#define COMMAND_FINISHED_MOST 16 /* shells whose command has ended and whose channel has not */
+#define COMMAND_QUOTED 200       /* bytes of a command that messages quote */
 
 /* What came on one stream and may be the beginning of the end marker. */
 struct command_stream {
@@ -41,11 +40,16 @@ struct command_shell {
     struct ssh_channel *channel;
     struct list link;        /* in commands->shells */
     struct command *command; /* NULL: spare. A reference */
-    long pid;                /* of the shell, leader of its process group; 0: not known yet */
-    bool kill_wanted;
-    bool finished; /* only the server's CLOSE is still to come */
-    bool closed;   /* it has come */
+    long pid;            /* of the shell, in the process group of all it starts; 0: not known yet */
+    unsigned kill_grace; /* s; 0: nobody wants it to end */
+    bool ready_wanted;   /* GUEST_READY is to come */
+    bool input_over;     /* no more comes after what is in `input` */
+    bool exited;         /* its process has ended: its output may still be under way */
+    bool paused;         /* its readers hold it back */
+    bool finished;       /* only the server's CLOSE is still to come */
+    bool closed;         /* it has come */
     struct command_stream out, err;
+    struct buf input; /* kept back until GUEST_READY has come */
     int marker_status;
     uv_timer_t *timer; /* KILL, or the end of lingering; NULL: none */
 };
@@ -87,9 +91,10 @@ struct command *command_ref(struct command *command) {
 void command_unref(struct command *command) {
     if (--command->refs > 0)
         return;
-    if (command->spool >= 0)
-        close(command->spool);
+    spool_free(&command->out);
+    spool_free(&command->err);
     buf_free(&command->errors);
+    free(command->name);
     free(command->text);
     vm_unref(command->vm);
     free(command);
@@ -97,6 +102,15 @@ void command_unref(struct command *command) {
 
 struct command *command_newest(struct vm *vm) {
     return vm->commands ? vm->commands->newest : NULL;
+}
+
+void command_set_newest(struct command *command) {
+    struct commands *commands = command->vm->commands;
+    if (!commands)
+        return;
+    if (commands->newest)
+        command_unref(commands->newest);
+    commands->newest = command_ref(command);
 }
 
 static void shell_timer(struct command_shell *shell, uv_timer_cb cb, unsigned ms) {
@@ -118,6 +132,12 @@ static void shell_stop_timer(struct command_shell *shell) {
     shell->timer = NULL;
 }
 
+static void shell_forget_input(struct command_shell *shell) {
+    if (shell->input.data)
+        explicit_bzero(shell->input.data, shell->input.len);
+    buf_free(&shell->input);
+}
+
 static void shell_free(struct command_shell *shell) {
     if (shell->commands->spare == shell)
         shell->commands->spare = NULL;
@@ -128,31 +148,21 @@ static void shell_free(struct command_shell *shell) {
         ssh_channel_close(shell->channel);
     buf_free(&shell->out.held);
     buf_free(&shell->err.held);
+    shell_forget_input(shell);
     free(shell);
 }
 
-/* Puts output into the spool, and wakes who follows it. */
+/* Puts output into its spool. */
 static void command_output(struct command *command, int stream, const char *data, size_t length) {
+    struct spool *spool = stream == 2 && command->apart ? &command->err : &command->out;
     if (!length)
         return;
-    if (!command->cut && command->output + length > COMMAND_OUTPUT_MOST) {
-        command->cut = true;
-        vm_fail(command->vm, -ERR_CUT, "exec: output is cut after %llu bytes",
-                (unsigned long long)command->output);
-    }
-    for (size_t done = 0; done < length && !command->cut;) {
-        ssize_t n = pwrite(command->spool, data + done, length - done, (off_t)command->output);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            command->cut = true;
-            vm_fail(command->vm, -ERR_NO_ROOM, "exec: output is cut after %llu bytes: %s",
-                    (unsigned long long)command->output, strerror(errno));
-            break;
-        }
-        done += (size_t)n;
-        command->output += (uint64_t)n;
-    }
+    int r = spool_write(spool, command->vm->dir, data, length);
+    if (r < 0)
+        vm_fail(command->vm, r == -EFBIG ? -ERR_CUT : -ERR_NO_ROOM,
+                "%s: output is cut after %llu bytes: %s", command->name,
+                (unsigned long long)spool->end,
+                r == -EFBIG ? "more is not kept (output_max)" : strerror(-r));
     if (stream == 2) {
         buf_append(&command->errors, data, length);
         if (command->errors.len > 2 * COMMAND_ERRORS_KEPT)
@@ -173,6 +183,10 @@ static void shell_finish(struct command_shell *shell) {
     shell_stop_timer(shell);
     buf_free(&shell->out.held);
     buf_free(&shell->err.held);
+    shell_forget_input(shell);
+    if (shell->paused)
+        ssh_channel_pause(shell->channel, false);
+    ssh_channel_eof(shell->channel);
     shell->command = NULL;
     shell->finished = true;
     commands->finished_count++;
@@ -201,12 +215,17 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
         commands_want_spare(commands, 0);
     if (command) {
         vm_wait_wake(&command->waits, 0);
+        vm_wait_wake(&command->input_waits, -ERR_NO_READER);
         command_unref(command);
     }
 }
 
 static void shell_linger_over(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
+    if (shell->paused) { /* there is more, that nobody has room for */
+        shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
+        return;
+    }
     shell->command->status = shell->marker_status;
     shell_end(shell, shell->command->signal[0] ? COMMAND_SIGNALED : COMMAND_EXITED);
 }
@@ -221,7 +240,7 @@ static void control_ignore(void *arg, int status, const char *output, size_t len
 static void shell_send_kill(struct command_shell *shell) {
     struct vm *vm = shell->commands->vm;
     cleanup_buf struct buf script = {0};
-    vm->guest->command_kill(&script, shell->pid, COMMAND_KILL_S);
+    vm->guest->command_signal(&script, shell->pid, "TERM", shell->kill_grace);
     if (script.failed || control_request(vm->control, &script, control_ignore, NULL) < 0)
         log_warn("%s: a command could not be ended in the guest: no connection", vm->id);
 }
@@ -230,12 +249,14 @@ static void shell_send_kill(struct command_shell *shell) {
 static void shell_killed(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
     snprintf(shell->command->signal, sizeof shell->command->signal, "KILL");
+    if (!shell->pid) /* it has not even begun, and must not begin later */
+        shell->closed = true;
     shell_end(shell, COMMAND_SIGNALED);
 }
 
-static void shell_kill(struct command_shell *shell) {
-    shell->kill_wanted = true;
-    shell_timer(shell, shell_killed, COMMAND_KILL_S * 1000 + COMMAND_LINGER_MS);
+static void shell_kill(struct command_shell *shell, unsigned grace_s) {
+    shell->kill_grace = grace_s;
+    shell_timer(shell, shell_killed, grace_s * 1000 + COMMAND_LINGER_MS);
     if (shell->pid)
         shell_send_kill(shell);
 }
@@ -257,8 +278,28 @@ static void shell_begin(struct command_shell *shell, struct command_stream *s) {
     if (shell->pid || pid <= 1)
         return;
     shell->pid = pid;
-    if (shell->kill_wanted)
+    if (shell->kill_grace)
         shell_send_kill(shell);
+}
+
+/* Before anything of the command's, the word that its text has been taken in. */
+static bool shell_is_ready(struct command_shell *shell) {
+    static const char ready[] = GUEST_READY;
+    struct command_stream *s = &shell->out;
+    if (!shell->ready_wanted)
+        return true;
+    if (!s->begun || !memchr(s->held.data, '\n', s->held.len))
+        return false;
+    size_t line = sizeof ready - 1 + strlen(shell->command->nonce) + 1;
+    shell->ready_wanted = false;
+    if (s->held.len >= line && memcmp(s->held.data, ready, sizeof ready - 1) == 0)
+        buf_consume(&s->held, line);
+    ssh_channel_write(shell->channel, shell->input.data ? shell->input.data : "", shell->input.len);
+    shell_forget_input(shell);
+    if (shell->input_over)
+        ssh_channel_eof(shell->channel);
+    vm_wait_wake(&shell->command->input_waits, 0);
+    return true;
 }
 
 static void shell_data(void *arg, int stream, const char *data, size_t length) {
@@ -273,7 +314,7 @@ static void shell_data(void *arg, int stream, const char *data, size_t length) {
         shell_end(shell, COMMAND_LOST);
         return;
     }
-    if (!shell->command || !s->begun || !s->held.len)
+    if (!shell->command || !s->begun || !s->held.len || (stream == 1 && !shell_is_ready(shell)))
         return;
 
     struct command *command = shell->command;
@@ -292,11 +333,23 @@ static void shell_data(void *arg, int stream, const char *data, size_t length) {
             shell_end(shell, COMMAND_EXITED);
             return;
         }
-        if (!shell->kill_wanted)
+        if (!shell->kill_grace)
             shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
+    } else if (shell->exited && !shell->kill_grace) {
+        shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
+    }
+    if (!shell->paused && (spool_is_full(&command->out) || spool_is_full(&command->err))) {
+        shell->paused = true;
+        ssh_channel_pause(shell->channel, true);
     }
     if (before)
         vm_wait_wake(&command->waits, 0);
+}
+
+static void shell_drained(void *arg) {
+    struct command_shell *shell = arg;
+    if (shell->command)
+        vm_wait_wake(&shell->command->input_waits, 0);
 }
 
 static void shell_over(void *arg, const struct ssh_exit *exit) {
@@ -324,15 +377,15 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
         break;
     case SSH_REFUSED:
     case SSH_LOST:
-        if (shell->kill_wanted) { /* the signal has hit the server's side of the connection as well
-                                   */
+        if (shell->kill_grace) { /* the signal has hit the server's side of the connection as well
+                                  */
             end = COMMAND_SIGNALED;
             snprintf(command->signal, sizeof command->signal, "TERM");
             break;
         }
         end = exit->end == SSH_LOST ? COMMAND_LOST : COMMAND_REFUSED;
         command->error = exit->error;
-        vm_fail(command->vm, exit->error, "exec: %s: %s",
+        vm_fail(command->vm, exit->error, "%s: %s: %s", command->name,
                 end == COMMAND_LOST ? "what became of the command is not known"
                                     : "the command did not run",
                 exit->why);
@@ -354,12 +407,13 @@ static void shell_exited(void *arg, const struct ssh_exit *exit) {
     if (exit->end == SSH_SIGNALED)
         snprintf(shell->command->signal, sizeof shell->command->signal, "%s", exit->signal);
     shell->marker_status = exit->status;
+    shell->exited = true;
     shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
 }
 
 static struct command_shell *shell_open(struct commands *commands) {
     static const struct ssh_channel_events events = {
-        .data = shell_data, .exited = shell_exited, .closed = shell_over};
+        .data = shell_data, .drained = shell_drained, .exited = shell_exited, .closed = shell_over};
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
     const struct vm *vm = commands->vm;
@@ -429,60 +483,66 @@ void commands_free(struct commands *commands) {
     free(commands);
 }
 
-/* A file without a name: it is gone with its last user, whatever happens. */
-static int command_open_spool(const struct vm *vm) {
-    int fd = open(vm->dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
-        return fd < 0 ? -errno : fd;
-    cleanup_buf struct buf path = {0};
-    buf_printf(&path, "%s/spool.XXXXXX", vm->dir);
-    if (path.failed)
-        return -ERR_NO_MEMORY;
-    fd = mkostemp(path.data, O_CLOEXEC);
-    if (fd < 0)
-        return -errno;
-    unlink(path.data);
-    return fd;
+/* The beginning of a command, as a user would write it. */
+static char *command_summary(const struct guest_command *guest) {
+    cleanup_buf struct buf text = {0};
+    size_t most = guest->length;
+    while (most > COMMAND_QUOTED && most > 0 && (guest->text[most - 1] & 0xc0) == 0x80)
+        most--;
+    bool cut = most > COMMAND_QUOTED;
+    if (cut)
+        for (most = COMMAND_QUOTED; most > 0 && (guest->text[most] & 0xc0) == 0x80;)
+            most--;
+    for (size_t i = 0; i < most; i++)
+        if (guest->text[i])
+            buf_append_char(&text, guest->text[i]);
+        else if (i + 1 < guest->length)
+            buf_append_char(&text, ' ');
+    if (cut)
+        buf_append_str(&text, "…");
+    return buf_steal(&text, NULL);
 }
 
-static struct command *command_new(struct vm *vm, const char *text, size_t length) {
+static struct command *command_new(struct vm *vm, const struct command_spec *spec) {
     struct command *command = calloc(1, sizeof *command);
     if (!command)
         return NULL;
     command->refs = 1;
     command->vm = vm_ref(vm);
     list_init(&command->waits);
-    command->text = strndup(text, length);
-    command->spool = command_open_spool(vm);
-    if (!command->text || command->spool < 0 || random_nonce(command->nonce) < 0) {
-        vm_fail(vm, -ERR_IO, "exec: no place for the output: %s", strerror(-command->spool));
+    list_init(&command->input_waits);
+    spool_init(&command->out, spec->output_max, spec->flowing);
+    spool_init(&command->err, spec->output_max, spec->flowing);
+    command->apart = spec->apart;
+    command->name = strdup(spec->name);
+    command->text = command_summary(&spec->guest);
+    if (!command->name || !command->text || random_nonce(command->nonce) < 0) {
         command_unref(command);
         return NULL;
     }
     return command;
 }
 
-static int command_check(struct vm *vm, const char *text, size_t *length) {
-    while (*length > 0 && text[*length - 1] == '\n')
-        --*length;
-    if (*length > COMMAND_LIMIT)
-        return vm_fail(vm, -ERR_COMMAND_TOO_LARGE, "exec: a command takes %d bytes at most",
-                       COMMAND_LIMIT);
-    if (memchr(text, 0, *length))
-        return vm_fail(vm, -ERR_INVALID, "exec: a command holds no NUL byte");
+static int command_check(struct vm *vm, const struct command_spec *spec) {
+    const struct guest_command *guest = &spec->guest;
+    if (guest->length > COMMAND_LIMIT)
+        return vm_fail(vm, -ERR_COMMAND_TOO_LARGE, "%s: a command takes %d bytes at most",
+                       spec->name, COMMAND_LIMIT);
+    if (!guest->words && memchr(guest->text, 0, guest->length))
+        return vm_fail(vm, -ERR_INVALID, "%s: a command holds no NUL byte", spec->name);
     return vm_check_running(vm);
 }
 
-int command_run(struct vm *vm, const char *text, size_t length, struct command **ret_command) {
+int command_run(struct vm *vm, const struct command_spec *spec, struct command **ret_command) {
     struct commands *commands = vm->commands;
-    int r = command_check(vm, text, &length);
+    int r = command_check(vm, spec);
     if (r < 0)
         return r;
     if (!commands->pool)
         return -ERR_UNREACHABLE;
-    struct command *command = command_new(vm, text, length);
+    struct command *command = command_new(vm, spec);
     if (!command)
-        return -ERR_IO;
+        return -ERR_NO_MEMORY;
     struct command_shell *shell = commands->spare ? commands->spare : shell_open(commands);
     if (!shell) {
         command_unref(command);
@@ -493,35 +553,92 @@ int command_run(struct vm *vm, const char *text, size_t length, struct command *
     command->shell = shell;
 
     cleanup_buf struct buf start = {0};
-    vm->guest->command_start(&start, command->nonce, true, text, length);
-    if (start.failed || ssh_channel_write(shell->channel, start.data, start.len) < 0) {
+    struct guest_command guest = spec->guest;
+    guest.nonce = command->nonce;
+    shell->ready_wanted = vm->guest->command_start(&start, &guest);
+    r = start.failed || ssh_channel_write(shell->channel, start.data, start.len) < 0
+            ? -ERR_UNREACHABLE
+            : 0;
+    if (start.data)
+        explicit_bzero(start.data, start.len);
+    if (r < 0) {
         command_unref(shell->command);
         shell->command = NULL;
         shell_free(shell);
         command_unref(command);
-        return -ERR_UNREACHABLE;
+        return r;
     }
-    ssh_channel_eof(shell->channel);
+    if (!guest.input)
+        ssh_channel_eof(shell->channel);
     commands->started++;
     commands_want_spare(commands, COMMAND_SPARE_MS);
-    if (commands->newest)
-        command_unref(commands->newest);
-    commands->newest = command_ref(command);
     *ret_command = command;
     return 0;
 }
 
-void command_kill(struct command *command) {
-    if (command->end == COMMAND_RUNNING && command->shell)
-        shell_kill(command->shell);
+ssize_t command_input(struct command *command, const char *data, size_t length) {
+    struct command_shell *shell = command->shell;
+    if (!shell || shell->input_over)
+        return -ERR_NO_READER;
+    if (!shell->ready_wanted) {
+        ssize_t waiting = ssh_channel_write(shell->channel, data, length);
+        return waiting < 0 ? -ERR_NO_READER : waiting;
+    }
+    buf_append(&shell->input, data, length);
+    return shell->input.failed ? -ERR_NO_MEMORY : (ssize_t)shell->input.len;
 }
 
-/* Quotes the beginning of a command or the end of its stderr. */
-static void command_quote(struct buf *out, const char *text, size_t length, size_t most) {
-    size_t n = length < most ? length : most;
-    buf_append(out, text, n);
-    if (n < length)
-        buf_append_str(out, "…");
+void command_input_end(struct command *command) {
+    struct command_shell *shell = command->shell;
+    if (!shell || shell->input_over)
+        return;
+    shell->input_over = true;
+    if (!shell->ready_wanted)
+        ssh_channel_eof(shell->channel);
+}
+
+void command_has_read(struct command *command, struct spool *spool, uint64_t offset) {
+    struct command_shell *shell = command->shell;
+    spool_release(spool, offset);
+    if (!shell || !shell->paused || !spool_has_room(&command->out) ||
+        !spool_has_room(&command->err))
+        return;
+    shell->paused = false;
+    ssh_channel_pause(shell->channel, false);
+}
+
+void command_kill(struct command *command, unsigned grace_s) {
+    if (command->end == COMMAND_RUNNING && command->shell)
+        shell_kill(command->shell, grace_s);
+}
+
+static void command_signaled(void *arg, int status, const char *output, size_t length) {
+    struct list *waits = arg;
+    (void)output;
+    (void)length;
+    vm_wait_wake(waits, status > 0 ? -ERR_BUSY : status);
+    free(waits);
+}
+
+int command_signal(struct command *command, const char *signal, unsigned grace_s,
+                   struct vm_wait *wait) {
+    struct vm *vm = command->vm;
+    cleanup_buf struct buf script = {0};
+    if (command->end != COMMAND_RUNNING || !command->shell || !command->shell->pid)
+        return -ERR_BUSY;
+    struct list *waits = malloc(sizeof *waits);
+    if (!waits)
+        return -ERR_NO_MEMORY;
+    list_init(waits);
+    vm->guest->command_signal(&script, command->shell->pid, signal, grace_s);
+    int r = script.failed ? -ERR_NO_MEMORY
+                          : control_request(vm->control, &script, command_signaled, waits);
+    if (r < 0) {
+        free(waits);
+        return r;
+    }
+    list_append(waits, &wait->link);
+    return 0;
 }
 
 int command_verdict(struct command *command) {
@@ -530,8 +647,7 @@ int command_verdict(struct command *command) {
     if (command->end == COMMAND_LOST || command->end == COMMAND_REFUSED)
         return command->error;
     struct buf text = {0};
-    buf_append_str(&text, "exec: `");
-    command_quote(&text, command->text, strlen(command->text), 200);
+    buf_printf(&text, "%s: `%s", command->name, command->text);
     if (command->end == COMMAND_SIGNALED)
         buf_printf(&text, "` was ended by signal %s", command->signal);
     else

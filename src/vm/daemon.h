@@ -29,6 +29,7 @@ struct settings {
     unsigned boot_timeout;    /* ms from mkdir until running */
     unsigned timeout;         /* ms: the longest wait for an answer of a guest or a VMM */
     unsigned scratch_timeout; /* ms that a temporary file lives without being used */
+    uint64_t output_max;      /* bytes that are kept of a command's output */
     char *env_file;           /* in the guest, absolute */
     bool verbose_boot;
     bool ephemeral; /* destroy every VM at unmount */

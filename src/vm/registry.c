@@ -10,6 +10,7 @@
 #include "util/log.h"
 #include "vm/command.h"
 #include "vm/control.h"
+#include "vm/job.h"
 #include "vm/scratch.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
@@ -57,14 +58,16 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->vars = vars_new(vm);
     vm->control = control_new(vm);
     vm->commands = commands_new(vm);
+    vm->jobs = jobs_new(vm);
     vm->env_scratch = scratches_new(vm);
     vm->vm_scratch = scratches_new(vm);
     vm->timer = malloc(sizeof *vm->timer);
     vm->save_timer = malloc(sizeof *vm->save_timer);
     if (!vm->id || !vm->dir || !vm->image || !vm->vars || !vm->control || !vm->commands ||
-        !vm->env_scratch || !vm->vm_scratch || !vm->timer || !vm->save_timer) {
+        !vm->jobs || !vm->env_scratch || !vm->vm_scratch || !vm->timer || !vm->save_timer) {
         control_free(vm->control);
         commands_free(vm->commands);
+        jobs_free(vm->jobs);
         scratches_free(vm->env_scratch);
         scratches_free(vm->vm_scratch);
         free(vm->timer);
@@ -129,11 +132,13 @@ int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
 static void vm_shut(struct vm *vm) {
     control_free(vm->control);
     commands_free(vm->commands);
+    jobs_free(vm->jobs);
     scratches_free(vm->env_scratch);
     scratches_free(vm->vm_scratch);
     vars_shut(vm->vars);
     vm->control = NULL;
     vm->commands = NULL;
+    vm->jobs = NULL;
     vm->env_scratch = vm->vm_scratch = NULL;
     uv_close((uv_handle_t *)vm->timer, (uv_close_cb)free);
     uv_close((uv_handle_t *)vm->save_timer, (uv_close_cb)free);

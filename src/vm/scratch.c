@@ -11,7 +11,7 @@ struct scratches {
     struct vm *vm; /* the owner */
     struct scratch_index index;
     size_t count, bytes;
-    uint64_t last_number;
+    bool kept;
     uv_timer_t *timer; /* expiry; runs while there is something */
 };
 
@@ -32,7 +32,6 @@ struct scratches *scratches_new(struct vm *vm) {
     uv_timer_init(vm->daemon->loop, table->timer);
     table->timer->data = table;
     table->vm = vm;
-    table->last_number = SCRATCH_FIRST_NUMBER;
     RB_INIT(&table->index);
     return table;
 }
@@ -45,6 +44,10 @@ void scratches_free(struct scratches *table) {
         scratch_remove(scratch);
     uv_close((uv_handle_t *)table->timer, (uv_close_cb)free);
     free(table);
+}
+
+void scratches_keep(struct scratches *table) {
+    table->kept = true;
 }
 
 struct scratch_index *scratches_index(struct scratches *table) {
@@ -116,12 +119,12 @@ int scratch_make(struct scratches *table, const char *name, bool directory, mode
     scratch->mode = mode & 07777;
     scratch->uid = table->vm->daemon->uid;
     scratch->gid = table->vm->daemon->gid;
-    scratch->number = ++table->last_number;
+    scratch->number = SCRATCH_FIRST_NUMBER + ++table->vm->last_scratch % (SCRATCH_FIRST_NUMBER / 2);
     scratch->used = scratch_now(table);
     clock_gettime(CLOCK_REALTIME, &scratch->changed);
     scratch->read = scratch->changed;
     RB_INSERT(scratch_index, &table->index, scratch);
-    if (table->count++ == 0)
+    if (table->count++ == 0 && !table->kept)
         uv_timer_start(table->timer, scratches_expire,
                        table->vm->daemon->settings.scratch_timeout / 2 + 1, 0);
     *ret_scratch = scratch;

@@ -41,6 +41,8 @@ RB_PROTOTYPE(scratch_index, scratch, entry, scratch_compare)
 
 struct scratches *scratches_new(struct vm *vm);
 void scratches_free(struct scratches *table);
+/* What is in this table does not expire. */
+void scratches_keep(struct scratches *table);
 struct scratch_index *scratches_index(struct scratches *table);
 
 /* Is this name by itself that of scratch: a leading . or #, a trailing ~? */

@@ -79,6 +79,8 @@ struct vm {
     struct scratches *vm_scratch;  /* and beside `environ` */
     struct control *control;       /* resident shell */
     struct commands *commands;     /* runs commands in the guest */
+    struct jobs *jobs;             /* the commands of jobs/ */
+    uint64_t last_scratch;         /* numbers of temporary files */
 
     uv_timer_t *timer;      /* boot deadline */
     uv_timer_t *save_timer; /* see vm_save_soon() */
@@ -109,6 +111,9 @@ void vm_destroy(struct vm *vm, struct vm_wait *wait);
 /* Asks for `running` or `stopped`. `wait` is told when it is so, or why it will not be. -ERR_… and
  * no wait when that cannot be asked for in this state. */
 int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait);
+
+/* Do its commands read the start-up files of a login shell? */
+bool vm_uses_login_shell(const struct vm *vm);
 
 /* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6).
  */

@@ -1,0 +1,35 @@
+#include "tree/output.h"
+
+#include <stdlib.h>
+
+#include "util/cleanup.h"
+#include "util/errors.h"
+
+#define OUTPUT_READ_MAX (1024 * 1024)
+
+bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,
+                        size_t length, struct request *rq) {
+    if (*position >= spool->end && !spool->cut) {
+        if (command->end == COMMAND_RUNNING)
+            return false;
+        if (command->end == COMMAND_LOST)
+            request_answer(rq, -ERR_COMMAND_LOST);
+        else
+            request_answer_data(rq, "", 0);
+        return true;
+    }
+    if (length > OUTPUT_READ_MAX)
+        length = OUTPUT_READ_MAX;
+    if (*position < spool->end && length > spool->end - *position)
+        length = (size_t)(spool->end - *position);
+    cleanup_free char *data = malloc(length);
+    ssize_t n = data ? spool_read(spool, *position, data, length) : -ERR_NO_MEMORY;
+    if (n < 0) {
+        request_answer(rq, n == -EOVERFLOW ? -ERR_CUT : (int)n);
+        return true;
+    }
+    *position += (uint64_t)n;
+    command_has_read(command, spool, *position);
+    request_answer_data(rq, data, (size_t)n);
+    return true;
+}

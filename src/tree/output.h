@@ -1,0 +1,15 @@
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "tree/request.h"
+#include "vm/command.h"
+
+/* Reading the output of a command that may still run: what `exec` and the streams of jobs/ share.
+ *
+ * Answers a READ of `length` bytes at *position of `spool` (the command's own), and moves the
+ * position on. False, and no answer: nothing has come yet, and more may. At the end of a command
+ * that was lost the answer is -ERR_COMMAND_LOST, where output is missing -ERR_CUT. */
+bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,
+                        size_t length, struct request *rq);
