@@ -5,8 +5,9 @@
 #include "ssh/internal.h"
 #include "util/errors.h"
 
-#define POOL_MEMBERS 24 /* connections to one server */
-#define POOL_RETRY 1000 /* ms after a refused connection, while others carry on */
+#define POOL_MEMBERS 64   /* connections to one server */
+#define POOL_CONNECTING 4 /* that are not up yet: dropbear allows 5 from one address */
+#define POOL_RETRY 1000   /* ms after a refused connection, while others carry on */
 #define POOL_LIMIT_LIFE                                                                            \
     60000 /* ms for which a limit met by a session is believed: OpenSSH counts a                   \
              command that outlives its channel, so it may be less than the truth */
@@ -50,6 +51,13 @@ static bool pool_is_up(const struct ssh_pool *pool) {
         if (MEMBER(l)->up)
             return true;
     return false;
+}
+
+static unsigned pool_count_connecting(const struct ssh_pool *pool) {
+    unsigned n = 0;
+    for (const struct list *l = pool->members.next; l != &pool->members; l = l->next)
+        n += !MEMBER(l)->up;
+    return n;
 }
 
 static unsigned member_limit(const struct pool_member *member) {
@@ -143,7 +151,8 @@ static int pool_assign(struct ssh_pool *pool, struct ssh_channel *channel) {
     if (!member) {
         unsigned count = ssh_pool_connections(pool);
         bool up = pool_is_up(pool);
-        if (count >= POOL_MEMBERS || (up && uv_now(pool->loop) < pool->retry_at))
+        if (count >= POOL_MEMBERS || pool_count_connecting(pool) >= POOL_CONNECTING ||
+            (up && uv_now(pool->loop) < pool->retry_at))
             return 0;
         int rc = pool_connect(pool, &member);
         if (rc < 0 && count == 0)
@@ -317,8 +326,4 @@ unsigned ssh_pool_connections(const struct ssh_pool *pool) {
     for (const struct list *l = pool->members.next; l != &pool->members; l = l->next)
         n++;
     return n;
-}
-
-bool ssh_pool_is_exclusive(const struct ssh_pool *pool) {
-    return pool->fragile;
 }

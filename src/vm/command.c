@@ -377,12 +377,6 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
         break;
     case SSH_REFUSED:
     case SSH_LOST:
-        if (shell->kill_grace) { /* the signal has hit the server's side of the connection as well
-                                  */
-            end = COMMAND_SIGNALED;
-            snprintf(command->signal, sizeof command->signal, "TERM");
-            break;
-        }
         end = exit->end == SSH_LOST ? COMMAND_LOST : COMMAND_REFUSED;
         command->error = exit->error;
         vm_fail(command->vm, exit->error, "%s: %s: %s", command->name,
@@ -417,10 +411,8 @@ static struct command_shell *shell_open(struct commands *commands) {
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
     const struct vm *vm = commands->vm;
-    /* Signals go to a process group. Where the server makes none for a command, that of its
-     * connection will do, if it has the connection to itself (dropbear: `kill 0` in a command would
-     * otherwise hit the others). */
-    bool new_group = !vm->facts.own_group && !ssh_pool_is_exclusive(commands->pool);
+    /* Signals go to a process group: to all of the command and to nothing else. */
+    bool new_group = !vm->facts.own_group;
     vm->guest->command_shell(&text, &vm->facts, vm->daemon->settings.env_file, new_group);
     if (!shell || text.failed) {
         free(shell);
