@@ -271,7 +271,7 @@ void job_set_timeout(struct job *job, unsigned timeout_ms) {
 }
 
 /* The job's own variables, as they are now. */
-static void job_exports(const struct job *job, struct buf *out) {
+static int job_exports(const struct job *job, struct buf *out) {
     struct scratch *file;
     RB_FOREACH(file, scratch_index, scratches_index(job->env)) {
         size_t length = file->content.len;
@@ -279,9 +279,13 @@ static void job_exports(const struct job *job, struct buf *out) {
             continue;
         if (length && file->content.data[length - 1] == '\n')
             length--;
+        if (length && memchr(file->content.data, 0, length))
+            return vm_fail(job->vm, -ERR_INVALID, "jobs/%s/env/%s: a value holds no NUL byte",
+                           job->name, file->name);
         job->vm->guest->command_export(out, file->name,
                                        file->content.data ? file->content.data : "", length);
     }
+    return out->failed ? -ERR_NO_MEMORY : 0;
 }
 
 static void job_flush_input(struct job *job) {
@@ -296,10 +300,10 @@ static void job_flush_input(struct job *job) {
 int job_start(struct job *job) {
     struct vm *vm = job->vm;
     cleanup_buf struct buf exports = {0}, name = {0};
-    job_exports(job, &exports);
+    int r = job_exports(job, &exports);
     buf_printf(&name, "jobs/%s", job->name);
-    if (exports.failed || name.failed)
-        return -ERR_NO_MEMORY;
+    if (r < 0 || name.failed)
+        return r < 0 ? r : -ERR_NO_MEMORY;
     const struct command_spec spec = {
         .name = name.data,
         .guest = {.login = job->shell == JOB_SHELL_OF_VM ? vm_uses_login_shell(vm)
@@ -314,7 +318,7 @@ int job_start(struct job *job) {
         .flowing = job->flowing,
         .output_max = job->output_max,
     };
-    int r = command_run(vm, &spec, &job->command);
+    r = command_run(vm, &spec, &job->command);
     if (exports.data)
         explicit_bzero(exports.data, exports.len);
     if (r < 0)

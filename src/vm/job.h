@@ -13,10 +13,11 @@
  * it is to run and how, started once, and stays with its output until it is removed. It belongs to
  * the VM's table of jobs; whoever holds it longer (a node, a handle) has a reference. */
 
-#define JOBS_LIMIT 1024         /* of one VM at a time */
-#define JOBS_FINISHED_LIMIT 256 /* that have ended; beyond it the one that ended first is removed  \
-                                 */
-#define JOB_KILL_S 5            /* from TERM to KILL after the timeout */
+#define JOBS_LIMIT 1024 /* of one VM at a time */
+#define JOBS_FINISHED_LIMIT                                                                        \
+    256              /* that have ended; beyond it the one that ended first is removed             \
+                      */
+#define JOB_KILL_S 5 /* from TERM to KILL after the timeout */
 #define JOB_NAME_LIMIT 64
 #define JOB_INPUT_EARLY 65536 /* bytes of stdin that are taken before the start, as by a pipe */
 #define JOB_FIRST_NUMBER (UINT64_C(3) << 30) /* for inode numbers */
