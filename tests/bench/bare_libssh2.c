@@ -88,6 +88,38 @@ static void run_true(void) {
     libssh2_channel_free(channel);
 }
 
+/* Output of so many bytes, read to its end. */
+static void run_out(const char *bytes) {
+    static char command[128], block[65536];
+    snprintf(command, sizeof command, "head -c %s /dev/zero", bytes);
+    LIBSSH2_CHANNEL *channel = run(command);
+    long long got = 0;
+    ssize_t n;
+    while ((n = libssh2_channel_read(channel, block, sizeof block)) > 0)
+        got += n;
+    if (got != atoll(bytes) || libssh2_channel_wait_closed(channel) < 0)
+        fail(command);
+    libssh2_channel_free(channel);
+}
+
+/* Input of so many bytes, until the command has taken all of it. */
+static void run_in(const char *bytes) {
+    static char block[65536];
+    LIBSSH2_CHANNEL *channel = run("cat >/dev/null");
+    for (long long left = atoll(bytes); left > 0;) {
+        ssize_t n = libssh2_channel_write(channel, block,
+                                          left < (long long)sizeof block ? (size_t)left
+                                                                         : sizeof block);
+        if (n < 0)
+            fail("write");
+        left -= n;
+    }
+    if (libssh2_channel_send_eof(channel) < 0 || libssh2_channel_wait_eof(channel) < 0 ||
+        libssh2_channel_wait_closed(channel) < 0 || libssh2_channel_get_exit_status(channel) != 0)
+        fail("cat");
+    libssh2_channel_free(channel);
+}
+
 /* One round trip of the resident shell: `script`, and then a mark with its status. */
 static void shell_do(LIBSSH2_CHANNEL *shell, const char *script) {
     static char text[65536], answer[65536];
@@ -162,6 +194,10 @@ int main(int argc, char **argv) {
             shell_do(shell, ":");
         else if (strcmp(line, "true") == 0)
             run_true();
+        else if (strncmp(line, "out ", 4) == 0)
+            run_out(line + 4);
+        else if (strncmp(line, "in ", 3) == 0)
+            run_in(line + 3);
         else
             fail(line);
         printf("%lld\n", now() - start);
