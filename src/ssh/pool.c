@@ -327,3 +327,7 @@ unsigned ssh_pool_connections(const struct ssh_pool *pool) {
         n++;
     return n;
 }
+
+bool ssh_pool_is_exclusive(const struct ssh_pool *pool) {
+    return pool->fragile;
+}

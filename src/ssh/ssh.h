@@ -137,5 +137,8 @@ int ssh_pool_exec(struct ssh_pool *pool, const char *command,
 /* Closes every connection; channels get closed() as SSH_LOST first, from inside this call. */
 void ssh_pool_close(struct ssh_pool *pool);
 
+/* Is each connection given to one command at a time? Known once the first is up; false before. */
+bool ssh_pool_is_exclusive(const struct ssh_pool *pool);
+
 /* Numbers for `info`. */
 unsigned ssh_pool_connections(const struct ssh_pool *pool);

@@ -405,14 +405,17 @@ static void shell_exited(void *arg, const struct ssh_exit *exit) {
     shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
 }
 
-static struct command_shell *shell_open(struct commands *commands) {
+static struct command_shell *shell_open(struct commands *commands, bool ahead) {
     static const struct ssh_channel_events events = {
         .data = shell_data, .drained = shell_drained, .exited = shell_exited, .closed = shell_over};
     struct command_shell *shell = calloc(1, sizeof *shell);
     cleanup_buf struct buf text = {0};
     const struct vm *vm = commands->vm;
-    /* Signals go to a process group: to all of the command and to nothing else. */
-    bool new_group = !vm->facts.own_group;
+    /* Signals go to a process group: to all of the command and to nothing else. Where the server
+     * makes none for a command (dropbear), making one costs an exec. A command of `exec` only ever
+     * gets TERM and KILL, so if there was no time to start a shell ahead, the group of its
+     * connection will do, if it has that to itself. */
+    bool new_group = !vm->facts.own_group && (ahead || !ssh_pool_is_exclusive(commands->pool));
     vm->guest->command_shell(&text, &vm->facts, vm->daemon->settings.env_file, new_group);
     if (!shell || text.failed) {
         free(shell);
@@ -430,7 +433,7 @@ static struct command_shell *shell_open(struct commands *commands) {
 static void commands_open_spare(uv_timer_t *timer) {
     struct commands *commands = timer->data;
     if (commands->pool && !commands->spare)
-        commands->spare = shell_open(commands);
+        commands->spare = shell_open(commands, true);
 }
 
 static void commands_want_spare(struct commands *commands, unsigned ms) {
@@ -535,7 +538,8 @@ int command_run(struct vm *vm, const struct command_spec *spec, struct command *
     struct command *command = command_new(vm, spec);
     if (!command)
         return -ERR_NO_MEMORY;
-    struct command_shell *shell = commands->spare ? commands->spare : shell_open(commands);
+    struct command_shell *shell =
+        commands->spare ? commands->spare : shell_open(commands, spec->signalled);
     if (!shell) {
         command_unref(command);
         return -ERR_NO_MEMORY;

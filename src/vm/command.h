@@ -51,6 +51,7 @@ struct command_spec {
     const char *name;           /* in messages: "exec", "jobs/a" */
     struct guest_command guest; /* all but its nonce */
     bool apart;                 /* stdout and stderr are kept apart */
+    bool signalled;             /* it may get any signal, and live on */
     bool flowing;               /* it is held back by its readers (vm/spool.h) */
     uint64_t output_max;        /* bytes that are kept of each */
 };

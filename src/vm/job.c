@@ -315,6 +315,7 @@ int job_start(struct job *job) {
                   .length = job->text.len,
                   .exports = &exports},
         .apart = true,
+        .signalled = true,
         .flowing = job->flowing,
         .output_max = job->output_max,
     };
