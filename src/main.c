@@ -28,13 +28,16 @@
  * unreachable for nothing. */
 #define SETTLE_MS 3000
 #define SETTLE_STEP_MS 10
+#define END_MS 1000 /* for guests to end what runs in them */
 
 struct program {
     struct daemon daemon;
     struct fuse_channel *channel;
     uv_loop_t loop;
     uv_signal_t signals[3];
-    int report; /* pipe to the starting process; -1: foreground */
+    uv_timer_t end_timer;
+    uint64_t deadline; /* of the end */
+    int report;        /* pipe to the starting process; -1: foreground */
     bool settled, ending;
 };
 
@@ -76,6 +79,24 @@ static void program_ready(struct daemon *d) {
     p->report = -1;
 }
 
+/* Commands do not outlive the daemon, whose connections they hang on. They are ended in the guests
+ * before those are closed; a guest that does not answer is not waited for. */
+static void program_close_when_idle(uv_timer_t *timer) {
+    struct program *p = timer->data;
+    if (daemon_is_idle(&p->daemon) || uv_now(&p->loop) >= p->deadline) {
+        uv_close((uv_handle_t *)timer, NULL);
+        daemon_close(&p->daemon);
+    }
+}
+
+static void program_end_commands(struct program *p) {
+    daemon_end_commands(&p->daemon);
+    p->deadline = uv_now(&p->loop) + END_MS;
+    uv_timer_init(&p->loop, &p->end_timer);
+    p->end_timer.data = p;
+    uv_timer_start(&p->end_timer, program_close_when_idle, 0, SETTLE_STEP_MS);
+}
+
 static void program_end(struct program *p) {
     if (p->ending)
         return;
@@ -84,9 +105,9 @@ static void program_end(struct program *p) {
     fuse_channel_unmount(p->channel);
     if (p->daemon.settings.ephemeral)
         daemon_destroy_all(&p->daemon);
-    daemon_close(&p->daemon);
     for (size_t i = 0; i < sizeof p->signals / sizeof *p->signals; i++)
         uv_close((uv_handle_t *)&p->signals[i], NULL);
+    program_end_commands(p);
 }
 
 static void program_unmounted(struct daemon *d) {

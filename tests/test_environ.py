@@ -355,7 +355,7 @@ def test_a_later_piece_that_is_bad_changes_nothing_else(clear):
     assert not clear.is_set("B")
 
 
-@pytest.mark.parametrize("name", ["UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "OPTIND"])
+@pytest.mark.parametrize("name", ["UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "OPTIND", "_vmsfs_nl"])
 def test_a_name_that_shells_keep_for_themselves_is_refused(clear, name):
     with refused("EINVAL"):
         write(clear.env(name), "0\n")

@@ -709,3 +709,64 @@ def test_a_job_of_clone_lives_as_long_as_clone_is_open(vm):
         client.result(10)
     wait_for(lambda: others() == before, "the job is gone")
     gone_in_guest(vm, "sleep 1215")
+
+
+# --- the daemon's end ---
+
+
+def test_jobs_that_have_ended_outlive_the_daemon_and_those_that_run_are_lost(daemon):
+    one = daemon()
+    vm = one.boot("keeper")
+    small, big, failed, running, removed = (Job(vm, name) for name in ("small", "big", "failed", "running", "removed"))
+    small.start("echo out; echo err >&2; exit 7")
+    write(big / "output_max", "1M")
+    big.start("head -c 2000000 /dev/zero | tr '\\000' x")
+    failed.start("kill -KILL $$")
+    assert (small.exit(), big.exit(), failed.exit()) == ("7", "0", "KILL")
+    removed.start("true")
+    assert removed.exit() == "0"
+    folder = f"{one.state}/vms/keeper/jobs"
+
+    def recorded(end):
+        return [n for n in os.listdir(folder) if f'"end": "{end}"' in read(f"{folder}/{n}/job.json")]
+
+    wait_for(lambda: len(os.listdir(folder)) == 4, "four are recorded")
+    os.rmdir(removed.path)
+    inode = os.stat(small / "exit").st_ino
+    running.start("echo begun; sleep 1220")
+    runs_in_guest(vm, "sleep 1220")
+    wait_for(lambda: len(recorded("exited")) == 2 and recorded("signaled") and recorded("running"), "all is recorded")
+    one.kill()
+    one.start()
+    vm.wait("running")
+    assert sorted(set(os.listdir(vm / "jobs")) - {".clone"}) == ["big", "failed", "running", "small"]
+    assert (small.exit(), small.out(), small.err(), small.status()) == ("7", b"out\n", b"err\n", "exited")
+    assert read(small / "command") == "echo out; echo err >&2; exit 7"
+    assert os.stat(small / "exit").st_ino == inode
+    assert failed.exit() == "KILL"
+    assert (big.exit(), os.stat(big / "stdout").st_size) == ("0", 1 << 20)
+    done = sh(f"cat '{big / 'stdout'}' | wc -c; cat '{big / 'stdout'}' >/dev/null", check=False)
+    assert done.stdout == b"1048576\n" and done.returncode != 0
+    assert (running.exit(), running.status()) == ("lost", "exited")
+    with refused("ECONNRESET"):
+        running.out()
+    with refused("EBUSY"):
+        small.start("true")
+    for job in (small, big, failed, running):
+        os.rmdir(job.path)
+    wait_for(lambda: os.listdir(folder) == [], "their files are gone")
+    assert Job(vm, "small").start("echo anew").exit() == "0"
+
+
+def test_an_unmount_ends_what_runs(daemon):
+    one = daemon()
+    vm = one.boot("ending")
+    Job(vm, "long").start("sleep 1221")
+    with Client([vm / "run", "sleep", "1222"]), Client(f"echo 'sleep 1223' > '{vm / 'exec'}'"):
+        for number in (1221, 1222, 1223):
+            runs_in_guest(vm, f"sleep {number}")
+        one.stop()
+    one.start()
+    vm.wait("running")
+    for number in (1221, 1222, 1223):
+        gone_in_guest(vm, f"sleep {number}")

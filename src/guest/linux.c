@@ -29,14 +29,14 @@ static void linux_control_request(struct buf *out, const char *nonce, const char
 }
 
 /* Read-only in bash, which ends as `sh` when a file that it sources sets them; OPTIND does that to
- * dash. */
+ * dash. _vmsfs_… is what the shells here keep for themselves. */
 static bool linux_name_is_reserved(const char *name) {
     static const char *const names[] = {"UID",      "EUID",          "PPID",  "SHELLOPTS",
                                         "BASHOPTS", "BASH_VERSINFO", "OPTIND"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (strcmp(names[i], name) == 0)
             return true;
-    return false;
+    return strncmp(name, "_vmsfs_", 7) == 0;
 }
 
 /* The file that was seen last is held open as descriptor 7, so that its inode number is not given

@@ -468,6 +468,14 @@ void commands_stop(struct commands *commands, int status, const char *why) {
     }
 }
 
+void commands_kill_all(struct commands *commands) {
+    for (struct list *l = commands->shells.next; l != &commands->shells; l = l->next) {
+        struct command_shell *shell = LIST_OWNER(l, struct command_shell, link);
+        if (shell->command && !shell->kill_grace)
+            shell_kill(shell, COMMAND_KILL_S);
+    }
+}
+
 void commands_free(struct commands *commands) {
     if (!commands)
         return;
@@ -516,6 +524,12 @@ static struct command *command_new(struct vm *vm, const struct command_spec *spe
         return NULL;
     }
     return command;
+}
+
+struct command *command_restore(struct vm *vm, const char *name) {
+    const struct command_spec spec = {
+        .name = name, .guest = {.text = ""}, .apart = true, .output_max = SPOOL_LIMIT_MOST};
+    return command_new(vm, &spec);
 }
 
 static int command_check(struct vm *vm, const struct command_spec *spec) {

@@ -62,9 +62,13 @@ struct commands *commands_new(struct vm *vm);
 void commands_start(struct commands *commands);
 void commands_stop(struct commands *commands, int status, const char *why);
 void commands_free(struct commands *commands);
+void commands_kill_all(struct commands *commands);
 
 /* Starts a command; the caller gets a reference. -ERR_…: not started, `error` says why. */
 int command_run(struct vm *vm, const struct command_spec *spec, struct command **ret_command);
+
+/* One that has ended in an earlier daemon; the caller fills in how. NULL: no memory. */
+struct command *command_restore(struct vm *vm, const char *name);
 
 /* The newest command of `exec`, without a new reference; NULL: there was none. */
 struct command *command_newest(struct vm *vm);

@@ -252,6 +252,10 @@ void control_again(struct control *control) {
     control_lost(control, -ERR_UNREACHABLE, "the variables could not be brought together");
 }
 
+bool control_is_idle(const struct control *control) {
+    return list_is_empty(&control->requests);
+}
+
 void control_stop(struct control *control, int status) {
     control->started = false;
     control_disconnect(control);

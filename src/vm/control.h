@@ -30,6 +30,9 @@ void control_hurry(struct control *control);
 /* Gives up the connection for a new one, after a while: vm_guest_up() comes again. */
 void control_again(struct control *control);
 
+/* Is nothing waiting for an answer? */
+bool control_is_idle(const struct control *control);
+
 /* Ends the connection; waiting requests fail with `status`. */
 void control_stop(struct control *control, int status);
 

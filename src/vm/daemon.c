@@ -197,6 +197,23 @@ bool daemon_is_settled(const struct daemon *d) {
     return true;
 }
 
+void daemon_end_commands(struct daemon *d) {
+    struct vm *vm;
+    RB_FOREACH(vm, vm_index, &d->vms) {
+        commands_kill_all(vm->commands);
+    }
+}
+
+bool daemon_is_idle(const struct daemon *d) {
+    struct vm *vm;
+    struct vm_index *vms = (struct vm_index *)(uintptr_t)&d->vms;
+    RB_FOREACH(vm, vm_index, vms) {
+        if (!control_is_idle(vm->control))
+            return false;
+    }
+    return true;
+}
+
 void daemon_destroy_all(struct daemon *d) {
     struct vm *vm;
     while ((vm = RB_MIN(vm_index, &d->vms)))

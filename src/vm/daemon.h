@@ -64,6 +64,10 @@ int daemon_open(struct daemon *d, char **ret_why);
 /* Has every VM that was taken over been heard from (or given up)? */
 bool daemon_is_settled(const struct daemon *d);
 
+/* Tells all guests to end the commands that run in them; has every guest answered? */
+void daemon_end_commands(struct daemon *d);
+bool daemon_is_idle(const struct daemon *d);
+
 /* Begins to destroy all VMs (ephemeral). */
 void daemon_destroy_all(struct daemon *d);
 

@@ -105,6 +105,15 @@ static void job_stop_timer(struct job *job) {
 static void job_on_progress(struct vm_wait *wait, int status);
 static void job_on_room(struct vm_wait *wait, int status);
 
+void job_set_serial(struct job *job, uint64_t serial) {
+    struct jobs *jobs = job->vm->jobs;
+    uint64_t range = (JOB_FIRST_NUMBER / 3) / JOB_NUMBERS;
+    job->serial = serial;
+    job->number = JOB_FIRST_NUMBER + serial % range * JOB_NUMBERS;
+    if (serial > jobs->last_number)
+        jobs->last_number = serial;
+}
+
 int job_make(struct jobs *jobs, const char *name, struct job **ret_job) {
     struct vm *vm = jobs->vm;
     char number[24];
@@ -147,13 +156,12 @@ int job_make(struct jobs *jobs, const char *name, struct job **ret_job) {
     job->progress.done = job_on_progress;
     job->room.done = job_on_room;
     job->output_max = vm->daemon->settings.output_max;
-    uint64_t range = (JOB_FIRST_NUMBER / 3) / JOB_NUMBERS;
-    job->number = JOB_FIRST_NUMBER + ++jobs->last_number % range * JOB_NUMBERS;
     clock_gettime(CLOCK_REALTIME, &job->created);
     job->changed = job->created;
     RB_INSERT(job_index, &jobs->index, job);
     jobs->count++;
     jobs_change(jobs);
+    job_set_serial(job, jobs->last_number + 1);
     *ret_job = job;
     return 0;
 }
@@ -174,6 +182,7 @@ void job_remove(struct job *job) {
     scratches_free(job->env);
     scratches_free(job->files);
     job->env = job->files = NULL;
+    job_record_remove(job);
     if (job->command)
         command_kill(job->command, COMMAND_KILL_S);
     /* A job that will never be started has no readers to be kept waiting. */
@@ -200,6 +209,13 @@ static void jobs_bound(struct jobs *jobs) {
     }
 }
 
+static void job_finish(struct job *job) {
+    struct jobs *jobs = job->vm->jobs;
+    list_append(&jobs->finished, &job->finished);
+    jobs->finished_count++;
+    jobs_bound(jobs);
+}
+
 static void job_ended(struct job *job) {
     clock_gettime(CLOCK_REALTIME, &job->changed);
     job_stop_timer(job);
@@ -210,10 +226,13 @@ static void job_ended(struct job *job) {
         command_verdict(job->command);
     if (job->removed || job->leased)
         return;
-    struct jobs *jobs = job->vm->jobs;
-    list_append(&jobs->finished, &job->finished);
-    jobs->finished_count++;
-    jobs_bound(jobs);
+    job_record_end(job);
+    job_finish(job);
+}
+
+void job_finish_restored(struct job *job, struct command *command) {
+    job->command = command;
+    job_finish(job);
 }
 
 static void job_on_progress(struct vm_wait *wait, int status) {
@@ -327,6 +346,8 @@ int job_start(struct job *job) {
     clock_gettime(CLOCK_REALTIME, &job->changed);
     list_append(&job->command->waits, &job->progress.link);
     list_append(&job->command->input_waits, &job->room.link);
+    if (!job->leased)
+        job_record_begin(job);
     job_watch(job);
     job_flush_input(job);
     vm_wait_wake(&job->waits, 0);

@@ -31,10 +31,13 @@ struct job {
     struct list finished; /* in the table's list of those that have ended */
     unsigned refs;        /* the table's, one a node, one a handle */
     char *name;
-    uint64_t number; /* JOB_FIRST_NUMBER + n * JOB_NUMBERS: the base of its inode numbers */
+    uint64_t serial; /* unique in its VM, also over restarts of the daemon */
+    uint64_t number; /* made of it: the base of its inode numbers */
     struct timespec created, changed;
-    bool removed; /* it has no name any more */
-    bool leased;  /* it lives as long as the handle that made it */
+    bool removed;   /* it has no name any more */
+    bool leased;    /* it lives as long as the handle that made it */
+    bool recorded;  /* there is a folder of it on disk (vm/job_record.c) */
+    bool recording; /* it is being written */
 
     /* What is to be run. */
     struct buf text;         /* what was written to `argv` or `command` */
@@ -95,5 +98,16 @@ bool job_write_input(struct job *job, const char *data, size_t length, int *ret_
 void job_open_input(struct job *job);
 void job_close_input(struct job *job);
 
-/* -ERR_BUSY when it does not run. `timeout` 0: none; it counts from the start. */
+/* 0: none; it counts from the start. */
 void job_set_timeout(struct job *job, unsigned timeout_ms);
+
+/* What a later daemon finds of jobs: those that were started and have not been removed. */
+void jobs_load(struct jobs *jobs, struct vm *vm);
+
+/* Private to vm/job.c and vm/job_record.c. */
+void job_record_begin(struct job *job);
+void job_record_end(struct job *job);
+void job_record_remove(struct job *job);
+void job_set_serial(struct job *job, uint64_t serial);
+/* Takes over the reference on the command. */
+void job_finish_restored(struct job *job, struct command *command);

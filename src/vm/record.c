@@ -8,6 +8,7 @@
 #include "util/fs.h"
 #include "util/log.h"
 #include "vm/boot.h"
+#include "vm/job.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -226,6 +227,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
         vm_fail(vm, r, "%s: some variables in %s cannot be read and are left out%s%s", vm->id, path,
                 kept ? "; it is kept as " : "", kept ? aside : "");
     }
+    jobs_load(vm->jobs, vm);
     record_adopt(vm, record);
     json_decref(record);
     return vm;

@@ -38,7 +38,7 @@ static int spool_open(const char *dir) {
 /* The file of a flowing spool is a ring. */
 static uint64_t spool_place(const struct spool *spool, uint64_t offset, size_t *length) {
     if (!spool->flowing)
-        return offset;
+        return offset - spool->base;
     uint64_t size = spool->limit + SPOOL_SLACK, place = offset % size;
     if (*length > size - place)
         *length = (size_t)(size - place);

@@ -28,6 +28,7 @@ struct spool {
     bool flowing;
     bool cut;       /* what came after `end` was dropped */
     uint64_t limit; /* bytes */
+    uint64_t base;  /* offset of the file's first byte; of a file that is only read */
     uint64_t start; /* offset of the first byte that is kept */
     uint64_t end;   /* bytes that have come */
 };
