@@ -17,7 +17,7 @@ int vars_explain(struct vars *vars, const char *doing, int status, const char *o
                  size_t length) {
     const char *end = memchr(output, '\n', length);
     size_t words = end ? (size_t)(end - output) : length;
-    const char *path = vars->vm->daemon->settings.env_file;
+    const char *path = vars->vm->config.env_file;
     if (status == GUEST_CHANGED)
         return vm_fail(
             vars->vm, -ERR_BUSY,
@@ -139,7 +139,7 @@ static void vars_have_read(void *arg, int status, const char *output, size_t len
 int vars_read(struct vars *vars) {
     struct vm *vm = vars->vm;
     cleanup_buf struct buf script = {0};
-    vm->guest->env_read(&script, vm->daemon->settings.env_file);
+    vm->guest->env_read(&script, vm->config.env_file);
     if (script.failed)
         return -ERR_NO_MEMORY;
     int r = control_request(vm->control, &script, vars_have_read, vm);

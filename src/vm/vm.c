@@ -20,8 +20,7 @@
 
 /* The life of a VM: booting, running, stopping, and what goes wrong. */
 
-/* The steps of a stop: the guest's own power-down, the VMM's quitting, SIGKILL. */
-#define VM_POWERDOWN_MS 10000
+/* The last steps of a stop, behind the guest's own power-down: the VMM's quitting, SIGKILL. */
 #define VM_QUIT_MS 2000
 
 /* From connect() to the server's first line: short, because a connection that came before the
@@ -72,7 +71,8 @@ void vm_unref(struct vm *vm) {
     buf_free(&vm->host_key);
     free(vm->id);
     free(vm->dir);
-    free(vm->image);
+    config_free(&vm->config);
+    free(vm->backend_note);
     free(vm->user);
     free(vm);
 }
@@ -141,8 +141,7 @@ static int vm_refuse(struct vm *vm, const char *what) {
 }
 
 bool vm_uses_login_shell(const struct vm *vm) {
-    (void)vm;
-    return true;
+    return strcmp(vm->config.shell, "raw") != 0;
 }
 
 int vm_check_running(struct vm *vm) {
@@ -290,9 +289,18 @@ static void vm_boot_overdue(uv_timer_t *timer) {
     vm_fail(
         vm, -ERR_TIMED_OUT,
         "%s could not be reached by SSH within %u s of its boot; see its console, or give it more "
-        "time with -o boot_timeout=SECONDS",
-        vm->id, vm->daemon->settings.boot_timeout / 1000);
+        "time with -o boot_timeout=SECONDS or config/boot_timeout",
+        vm->id, vm->config.boot_timeout);
     vm_boot_failed(vm);
+}
+
+static int vm_set_user(struct vm *vm, const char *user) {
+    char *copy = strdup(user);
+    if (!copy)
+        return -ERR_NO_MEMORY;
+    free(vm->user);
+    vm->user = copy;
+    return 0;
 }
 
 static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
@@ -302,6 +310,8 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         vm_destroy_step(vm);
         return;
     }
+    if (vm->state == VM_STOPPING)
+        vm_set_state(vm, VM_STOPPED);
     if (vm->state != VM_BOOTING)
         return;
     if (result->status < 0) {
@@ -309,15 +319,22 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         vm_boot_failed(vm);
         return;
     }
-    free(vm->user);
-    vm->user = result->image.user;
-    result->image.user = NULL;
+    vm->backend = result->backend;
+    free(vm->backend_note);
+    vm->backend_note = result->why;
+    result->why = NULL;
+    if (vm_set_user(vm, vm->config.user[0] ? vm->config.user : result->image.user) < 0) {
+        vm_boot_failed(vm);
+        return;
+    }
     buf_free(&vm->host_key);
     vm->host_key = result->host_key;
     result->host_key = (struct buf){0};
 
     buf_printf(&socket, "%s/%llu.qmp", settings->runtime_dir, (unsigned long long)vm->number);
-    buf_printf(&boot_args, "%s%s", result->image.boot_args, settings->verbose_boot ? "" : " quiet");
+    buf_printf(&boot_args, "%s%s%s%s", result->image.boot_args,
+               settings->verbose_boot ? "" : " quiet", vm->config.boot_args[0] ? " " : "",
+               vm->config.boot_args);
     struct vmm_config config = {
         .id = vm->id,
         .dir = vm->dir,
@@ -325,15 +342,14 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         .kernel = result->image.kernel,
         .initrd = result->initrd,
         .boot_args = boot_args.data,
-        .vcpus = vm->vcpus ? vm->vcpus : result->image.vcpus,
-        .memory = vm->memory ? vm->memory : result->image.memory,
+        .vcpus = vm->config.vcpus ? vm->config.vcpus : result->image.vcpus,
+        .memory = vm->config.memory ? vm->config.memory : result->image.memory,
     };
-    int r =
-        socket.failed || boot_args.failed
-            ? -ERR_NO_MEMORY
-            : vm->daemon->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
+    int r = socket.failed || boot_args.failed
+                ? -ERR_NO_MEMORY
+                : vm->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
     if (r < 0) {
-        vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->daemon->backend->name,
+        vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,
                 strerror(-r));
         vm_boot_failed(vm);
         return;
@@ -346,7 +362,7 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
 }
 
 void vm_watch_boot(struct vm *vm) {
-    uv_timer_start(vm->timer, vm_boot_overdue, vm->daemon->settings.boot_timeout, 0);
+    uv_timer_start(vm->timer, vm_boot_overdue, (uint64_t)vm->config.boot_timeout * 1000, 0);
 }
 
 int vm_boot(struct vm *vm) {
@@ -370,14 +386,14 @@ static int vm_start(struct vm *vm) {
 static int vm_stop(struct vm *vm) {
     if (!vm->vmm) { /* being prepared, or failed */
         uv_timer_stop(vm->timer);
-        vm_set_state(vm, VM_STOPPED);
+        vm_set_state(vm, vm->boot ? VM_STOPPING : VM_STOPPED); /* until it can be started again */
         return 0;
     }
     uv_timer_stop(vm->timer);
     if (vm->state == VM_BOOTING)
         vm_disconnect(vm, -ERR_GONE, "the VM is stopped while it boots");
     vm_set_state(vm, VM_STOPPING);
-    vm->vmm->ops->stop(vm->vmm, VM_POWERDOWN_MS, VM_QUIT_MS);
+    vm->vmm->ops->stop(vm->vmm, vm->config.stop_timeout * 1000, VM_QUIT_MS);
     return 0;
 }
 
@@ -403,10 +419,11 @@ json_t *vm_info(const struct vm *vm) {
     json_t *info = json_object();
     json_object_set_new(info, "id", json_string(vm->id));
     json_object_set_new(info, "state", json_string(vm_state_name(vm->state)));
-    json_object_set_new(info, "backend", json_string(vm->daemon->backend->name));
+    json_object_set_new(info, "backend",
+                        json_string(vm->backend ? vm->backend->name : vm->config.backend));
     json_object_set_new(info, "backend_note",
-                        json_string(vm->daemon->backend_note ? vm->daemon->backend_note : ""));
-    json_object_set_new(info, "image", json_string(vm->image));
+                        json_string(vm->backend_note ? vm->backend_note : ""));
+    json_object_set_new(info, "image", json_string(vm->config.image));
     json_object_set_new(info, "user", vm->user ? json_string(vm->user) : json_null());
     json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
     json_object_set_new(info, "booted_ms",

@@ -5,11 +5,13 @@
 #include <sys/socket.h>
 #include <uv.h>
 
+#include "vmm/backends.h"
+
 /* Virtual machine monitors behind one table of operations (design, section 6: "Backends").
  *
  * A `struct vmm` is one instance: one VM in one VMM. The VM layer owns it, from create() or adopt()
- * to release(). All functions are called in the loop's thread and never block; callbacks are never
- * called from inside the function that caused them. */
+ * to release(). All functions but check() are called in the loop's thread and never block;
+ * callbacks are never called from inside the function that caused them. */
 
 struct vmm;
 
@@ -47,7 +49,8 @@ struct vmm_ops {
 
     /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names
      * what is missing and the remedy (the caller frees it; also set on success, to say what was
-     * found, such as "QEMU 7.2 without KVM"). Synchronous; called before anything is mounted. */
+     * found, such as "QEMU 7.2 without KVM"). Blocks: called before anything is mounted and in the
+     * thread pool, once at a time. */
     int (*check)(char **ret_why);
 
     /* Spawns the VMM for a new boot of the guest. Errors that are known at once come back as
@@ -88,7 +91,10 @@ struct vmm {
 };
 
 /* The backend called `name`; "auto" is the first that works here. -EINVAL for a name that is none,
- * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). */
+ * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). From any thread; may start
+ * programs and wait for them. */
 int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
 
-extern const struct vmm_ops qemu_ops;
+#define VMM_DECLARE(name, automatic) extern const struct vmm_ops name##_ops;
+VMM_BACKENDS(VMM_DECLARE)
+#undef VMM_DECLARE
