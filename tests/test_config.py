@@ -14,12 +14,16 @@ from tools_env import environment
 
 # What a VM of the shared daemon has; the tests give all daemons a boot_timeout.
 DEFAULTS = {
+    "address": "",
     "backend": "auto\n",
     "boot_args": "",
     "boot_timeout": f"{harness.BOOT_TIMEOUT}\n",
     "env_file": "/etc/profile.d/vmsfs_env.sh\n",
+    "host_key": "",
     "image": "tiny\n",
+    "key": "",
     "memory": "",
+    "port": "22\n",
     "shell": "login\n",
     "stop_timeout": "10\n",
     "user": "",

@@ -93,6 +93,18 @@ static bool option_say_why(const char *option, const char *why) {
     return false;
 }
 
+/* An absolute path, also of what is not there yet. The daemon runs in /. */
+static char *absolute_path(const char *path) {
+    char *absolute = NULL;
+    cleanup_free char *cwd = NULL;
+    if (path[0] == '/')
+        return strdup(path);
+    cwd = getcwd(NULL, 0);
+    if (!cwd || asprintf(&absolute, "%s/%s", cwd, path) < 0)
+        return NULL;
+    return absolute;
+}
+
 /* Takes `NAME=VALUE` for a setting of new VMs. -ERR_NOT_FOUND: it is none. */
 static int option_setting(struct raw_options *raw, const char *arg) {
     const char *equals = strchrnul(arg, '=');
@@ -101,6 +113,9 @@ static int option_setting(struct raw_options *raw, const char *arg) {
     if (name && !setting)
         return -ERR_NOT_FOUND;
     const char *value = *equals ? equals + 1 : "";
+    cleanup_free char *absolute = NULL;
+    if (name && setting->kind == CONFIG_HOST_PATH && value[0] && (absolute = absolute_path(value)))
+        value = absolute;
     int r = -ERR_NO_MEMORY;
     if (name && asprintf(&option, "-o %s=%s", name, value) >= 0)
         /* In config/ nothing stands for the default; here it is a slip. */
@@ -151,18 +166,6 @@ static bool option_number(const char *name, const char *text, unsigned least, un
     }
     *ret_number = (unsigned)n;
     return true;
-}
-
-/* An absolute path, also of what is not there yet. The daemon runs in /. */
-static char *absolute_path(const char *path) {
-    char *absolute = NULL;
-    cleanup_free char *cwd = NULL;
-    if (path[0] == '/')
-        return strdup(path);
-    cwd = getcwd(NULL, 0);
-    if (!cwd || asprintf(&absolute, "%s/%s", cwd, path) < 0)
-        return NULL;
-    return absolute;
 }
 
 static char *default_state_dir(void) {
@@ -340,6 +343,8 @@ bool options_check(const struct options *options, char **ret_backend) {
         return option_say_why("-o backend", why);
     *ret_backend = why;
     why = NULL;
+    if (backend->existing)
+        return true;
     if (image_open(&options->settings, config->image, &image, &why) < 0) {
         fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
         return false;

@@ -11,6 +11,8 @@
 #include "util/cpio.h"
 #include "util/errors.h"
 #include "util/fs.h"
+#include "vm/host_key.h"
+#include "vm/machine.h"
 #include "vm/vars.h"
 #include "vmm/vmm.h"
 
@@ -21,6 +23,7 @@ struct vm_boot {
     const struct settings *settings;
     struct vm_config config;
     char *id, *dir, *key_public;
+    char *key_path; /* to log in to an existing machine */
     struct buf env; /* the guest's env file */
     struct vm_boot_result result;
     void (*done)(struct vm *vm, struct vm_boot_result *result);
@@ -35,14 +38,9 @@ static int boot_fail(struct vm_boot *boot, const char *what, const char *path, i
 
 int boot_read_public_key(const char *path, struct buf *ret_blob) {
     cleanup_buf struct buf text = {0};
+    const char *wrong;
     int r = fs_read(path, 4096, &text);
-    if (r < 0)
-        return r;
-    char *start = text.data ? strchr(text.data, ' ') : NULL;
-    if (!start)
-        return -ERR_INVALID;
-    start++;
-    return base64_decode(start, strcspn(start, " \n"), ret_blob);
+    return r < 0 ? r : host_key_parse(text.data ? text.data : "", text.len, ret_blob, &wrong);
 }
 
 /* The host key is made once and stays with the VM: a client that has learned it finds it again. */
@@ -169,15 +167,17 @@ static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
     return 0;
 }
 
-/* What it runs in, and what is booted. */
+/* What it runs in, and what is booted or attached. */
 static int boot_find(struct vm_boot *boot) {
     struct vm_boot_result *result = &boot->result;
     const struct vm_config *config = &boot->config;
     char *why = NULL;
     int r = vmm_find(config->backend, &result->backend, &result->why);
-    if (r == 0)
+    if (r == 0 && result->backend->existing)
+        r = machine_prepare(config, boot->key_path, &result->host_key, &why);
+    else if (r == 0)
         r = image_open(boot->settings, config->image, &result->image, &why);
-    if (r == 0)
+    if (r == 0 && !result->backend->existing)
         r = image_check_memory(&result->image, config->image, config->memory, &why);
     if (why) {
         free(result->why);
@@ -189,8 +189,8 @@ static int boot_find(struct vm_boot *boot) {
 static void boot_work(uv_work_t *work) {
     struct vm_boot *boot = work->data;
     cleanup_buf struct buf host_key = {0}, archive = {0};
-    if (boot_find(boot) < 0 || boot_host_key(boot, &host_key) < 0 ||
-        boot_archive(boot, &host_key, &archive) < 0)
+    if (boot_find(boot) < 0 || boot->result.backend->existing ||
+        boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
         return;
     boot_initrd(boot, &archive);
     explicit_bzero(host_key.data, host_key.len);
@@ -202,6 +202,7 @@ static void boot_free(struct vm_boot *boot) {
     free(boot->dir);
     config_free(&boot->config);
     free(boot->key_public);
+    free(boot->key_path);
     buf_free(&boot->env);
     free(boot->result.why);
     free(boot->result.initrd);
@@ -229,11 +230,12 @@ int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_resul
     boot->id = strdup(vm->id);
     boot->dir = strdup(vm->dir);
     boot->key_public = strdup(vm->daemon->key_public);
+    boot->key_path = strdup(vm->config.key[0] ? vm->config.key : vm->daemon->key_path);
     boot->work.data = boot;
     int r = config_copy(&boot->config, &vm->config);
     if (r == 0)
         r = vars_inject(vm->vars, &boot->env);
-    if (!boot->id || !boot->dir || !boot->key_public)
+    if (!boot->id || !boot->dir || !boot->key_public || !boot->key_path)
         r = -ERR_NO_MEMORY;
     if (r == 0)
         r = uv_queue_work(vm->daemon->loop, &boot->work, boot_work, boot_after);

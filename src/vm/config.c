@@ -11,8 +11,7 @@
 #include "util/number.h"
 #include "vmm/backends.h"
 
-#define CONFIG_LINE_MOST 1024 /* Linux on x86 takes 2048 bytes of arguments, the image's included  \
-                               */
+#define CONFIG_LINE_MOST 1024 /* of the 2048 bytes that Linux takes on x86 */
 #define CONFIG_QUOTED_MOST 60 /* of a wrong value, in a sentence about it */
 
 #define CONFIG_BACKEND(name, automatic) #name,
@@ -22,24 +21,32 @@ static const char *const config_shells[] = {"login", "raw", NULL};
 
 #define CONFIG_FIELD(field) .name = #field, .offset = offsetof(struct vm_config, field)
 const struct config_setting config_settings[CONFIG_SETTINGS] = {
+    {CONFIG_FIELD(address), .kind = CONFIG_HOST_NAME, .standard = "", .otherwise = "none",
+     .help = "the machine to attach", .flags = CONFIG_PLACE | CONFIG_MACHINE},
     {CONFIG_FIELD(backend), .kind = CONFIG_CHOICE, .choices = config_backends, .standard = "auto",
-     .help = "what runs the VM"},
+     .help = "what runs the VM", .flags = CONFIG_PLACE | CONFIG_MACHINE},
     {CONFIG_FIELD(boot_args), .kind = CONFIG_TEXT, .most = CONFIG_LINE_MOST, .standard = "",
      .otherwise = "nothing", .help = "arguments of the kernel, behind the image's"},
     {CONFIG_FIELD(boot_timeout), .kind = CONFIG_SECONDS, .least = 1, .most = 86400,
      .standard = "60", .help = "longest time from mkdir to running"},
     {CONFIG_FIELD(env_file), .kind = CONFIG_PATH, .standard = GUEST_ENV_FILE,
-     .help = "the variables' file in the guest"},
+     .help = "the variables' file in the guest", .flags = CONFIG_PLACE},
+    {CONFIG_FIELD(host_key), .kind = CONFIG_HOST_PATH, .standard = "",
+     .otherwise = "what is seen first", .help = "file with the host key of a machine to attach"},
     {CONFIG_FIELD(image), .kind = CONFIG_TEXT, .least = 1, .most = PATH_MAX - 1, .standard = "tiny",
      .help = "a folder's name, or its path"},
+    {CONFIG_FIELD(key), .kind = CONFIG_HOST_PATH, .standard = "", .otherwise = "the daemon's own",
+     .help = "private key for a machine to attach"},
     {CONFIG_FIELD(memory), .kind = CONFIG_SIZE, .least = 16, .most = 1 << 20, .standard = "",
      .otherwise = "what the image says", .help = "memory in MiB"},
+    {CONFIG_FIELD(port), .kind = CONFIG_NUMBER, .least = 1, .most = 65535, .standard = "22",
+     .help = "SSH port of a machine to attach", .flags = CONFIG_PLACE | CONFIG_MACHINE},
     {CONFIG_FIELD(shell), .kind = CONFIG_CHOICE, .choices = config_shells, .standard = "login",
      .help = "what commands are run by", .flags = CONFIG_LIVE},
     {CONFIG_FIELD(stop_timeout), .kind = CONFIG_SECONDS, .least = 0, .most = 86400,
      .standard = "10", .help = "time for the guest to power down by itself", .flags = CONFIG_LIVE},
     {CONFIG_FIELD(user), .kind = CONFIG_USER_NAME, .standard = "",
-     .otherwise = "what the image says", .help = "whom to log in as"},
+     .otherwise = "what the image says, else root", .help = "whom to log in as"},
     {CONFIG_FIELD(vcpus), .kind = CONFIG_NUMBER, .least = 1, .most = 64, .standard = "",
      .otherwise = "what the image says", .help = "CPUs"},
 };
@@ -60,8 +67,9 @@ static bool text_is_one_line(const char *text) {
         if ((unsigned char)*c < 0x20 || *c == 0x7f)
             return false;
     json_t *json = json_string(text);
+    bool valid = json;
     json_decref(json);
-    return json;
+    return valid;
 }
 
 static bool line_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
@@ -145,6 +153,28 @@ static void path_explain(const struct config_setting *s, struct buf *out) {
     buf_append_str(out, "the absolute path of a file in the guest");
 }
 
+/* It goes into ssh_config, between quotes. */
+static bool host_path_is_valid(const struct config_setting *s, const char *text,
+                               unsigned *ret_number) {
+    return path_is_valid(s, text, ret_number) && !strchr(text, '"');
+}
+
+static void host_path_explain(const struct config_setting *s, struct buf *out) {
+    (void)s;
+    buf_append_str(out, "the absolute path of a file on the host");
+}
+
+/* `:` and `%` are for IPv6. */
+static bool host_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
+    (void)s, (void)ret_number;
+    return strlen(text) <= 253 && text[0] != '-' && text_holds_only(text, "_.-:%");
+}
+
+static void host_explain(const struct config_setting *s, struct buf *out) {
+    (void)s;
+    buf_append_str(out, "a host's name or IP address");
+}
+
 /* It goes into ssh_config: nothing that could be more than a name. */
 static bool user_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
     (void)s, (void)ret_number;
@@ -168,6 +198,8 @@ static const struct {
     [CONFIG_SECONDS] = {"S", true, number_is_valid, seconds_explain},
     [CONFIG_CHOICE] = {"WORD", false, choice_is_valid, choice_explain},
     [CONFIG_PATH] = {"PATH", false, path_is_valid, path_explain},
+    [CONFIG_HOST_PATH] = {"PATH", false, host_path_is_valid, host_path_explain},
+    [CONFIG_HOST_NAME] = {"HOST", false, host_is_valid, host_explain},
     [CONFIG_USER_NAME] = {"NAME", false, user_is_valid, user_explain},
 };
 

@@ -25,6 +25,11 @@ struct vm_config {
     char *env_file;        /* in the guest, absolute */
     char *shell;           /* "login" or "raw": what commands are run by */
     char *user;            /* whom to log in as; empty: what the image says, else root */
+    /* Of an existing machine. */
+    char *address;  /* host name or IP address */
+    unsigned port;  /* of its SSH server */
+    char *key;      /* private key on the host, absolute; empty: the daemon's own */
+    char *host_key; /* file on the host with its public host key, absolute; empty: first use */
 };
 
 enum config_kind {
@@ -34,11 +39,15 @@ enum config_kind {
     CONFIG_SECONDS,   /* s */
     CONFIG_CHOICE,    /* one of a few words */
     CONFIG_PATH,      /* absolute, of a file in the guest */
+    CONFIG_HOST_PATH, /* absolute, of a file on the host */
     CONFIG_USER_NAME, /* of a user in the guest */
+    CONFIG_HOST_NAME, /* or an address */
 };
 
 enum {
-    CONFIG_LIVE = 1 << 0, /* may be changed while the VM runs */
+    CONFIG_LIVE = 1 << 0,    /* may be changed while the VM runs */
+    CONFIG_PLACE = 1 << 1,   /* says where the variables are: another place has others */
+    CONFIG_MACHINE = 1 << 2, /* says which machine it is: another has another host key */
 };
 
 struct config_setting {
@@ -53,7 +62,7 @@ struct config_setting {
     unsigned flags;             /* of CONFIG_LIVE, … */
 };
 
-#define CONFIG_SETTINGS 10
+#define CONFIG_SETTINGS 14
 extern const struct config_setting config_settings[CONFIG_SETTINGS]; /* sorted by name */
 
 /* NULL: there is no such setting. */

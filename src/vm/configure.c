@@ -3,6 +3,7 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "vm/machine.h"
 #include "vm/vm.h"
 
 /* Changes of a VM's settings. They hold at once and are acknowledged when the record is on the
@@ -75,6 +76,7 @@ static int vm_change(struct vm *vm, const struct config_setting *setting, struct
     struct vm_config before = vm->config;
     vm->config = *config;
     *config = before;
+    machine_changed(vm, setting);
     clock_gettime(CLOCK_REALTIME, &vm->config_files[setting - config_settings].changed);
     if (wait)
         list_append(&change->waits, &wait->link);

@@ -8,6 +8,7 @@
 #include "util/fs.h"
 #include "util/log.h"
 #include "vm/boot.h"
+#include "vm/machine.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -30,7 +31,9 @@ struct record_writing {
 };
 
 static json_t *record_make(struct vm *vm) {
-    json_t *vmm = vm->vmm ? vm->vmm->ops->save(vm->vmm) : NULL;
+    /* A machine that is being left is not to be attached again. */
+    bool left = machine_is_existing(vm) && vm->state == VM_STOPPING;
+    json_t *vmm = vm->vmm && !left ? vm->vmm->ops->save(vm->vmm) : NULL;
     json_t *variables = vars_save(vm->vars);
     json_t *config = config_save(&vm->config);
     if (!variables || !config) {
@@ -39,13 +42,16 @@ static json_t *record_make(struct vm *vm) {
         json_decref(config);
         return NULL;
     }
-    return json_pack("{s:i, s:s, s:I, s:s, s:b, s:b, s:o, s:I, s:I, s:s*, s:s*, s:o*, s:o}",
-                     "version", RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number,
-                     "state", vm_state_name(vm->state), "attached", vm->attached, "owned",
-                     vars_are_owned(vm->vars), "config", config, "created",
-                     (json_int_t)vm->created.tv_sec, "booted_ms", (json_int_t)vm->booted_ms, "user",
-                     vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL, "vmm", vmm,
-                     "variables", variables);
+    json_t *record = json_pack(
+        "{s:i, s:s, s:I, s:s, s:b, s:b, s:o, s:I, s:I, s:s*, s:s*, s:o*, s:o}", "version",
+        RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number, "state",
+        vm_state_name(vm->state), "attached", vm->attached, "owned", vars_are_owned(vm->vars),
+        "config", config, "created", (json_int_t)vm->created.tv_sec, "booted_ms",
+        (json_int_t)vm->booted_ms, "user", vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL,
+        "vmm", vmm, "variables", variables);
+    if (record)
+        machine_save(vm, record);
+    return record;
 }
 
 static void record_write(uv_work_t *work) {
@@ -180,13 +186,14 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     cleanup_free char *note = NULL, *key = NULL;
     const char *backend = record_text(record, "backend");
     const json_t *saved = json_object_get(record, "vmm");
-    struct vmm_config config = {.id = vm->id, .dir = vm->dir};
+    struct vmm_config config = {
+        .id = vm->id, .dir = vm->dir, .address = vm->config.address, .port = vm->config.port};
     if (!backend || !saved)
         return;
     if (asprintf(&key, "%s/ssh_host_ed25519_key.pub", vm->dir) < 0)
         return;
     int r = vmm_find(backend, &ops, &note);
-    if (r == 0)
+    if (r == 0 && !ops->existing)
         r = boot_read_public_key(key, &vm->host_key);
     if (r == 0)
         r = ops->adopt(vm->daemon->loop, &config, saved, &vm_vmm_events, vm, &vm->vmm);
@@ -239,6 +246,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
     vm->boot_again = state == VM_BOOTING && !json_object_get(record, "vmm");
     record_configure(vm, json_object_get(record, "config"));
+    machine_load(vm, record);
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));
     if (r < 0) {

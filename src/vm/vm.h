@@ -72,6 +72,9 @@ struct vm {
     struct vm_boot *boot;                /* preparation under way (vm/boot.c), or NULL */
     struct console_watch *console_watch; /* while booting (vm/console.c), or NULL */
     struct buf host_key;                 /* public key blob that the guest must show */
+    bool host_key_learned;               /* it is what an existing machine has shown first */
+    bool met;                            /* an existing machine has had the variables before */
+    struct buf trouble;                  /* why an existing machine has not answered */
     char *user;                          /* whom to log in as */
 
     const struct guest_ops *guest;

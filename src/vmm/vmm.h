@@ -26,6 +26,9 @@ struct vmm_config {
     const char *boot_args; /* kernel command line */
     unsigned vcpus;
     unsigned memory; /* MiB */
+    /* Of a machine that exists already; nothing of the boot is set then. */
+    const char *address; /* a name, or a numeric address */
+    unsigned port;
 };
 
 /* What a VMM tells. `arg` is the caller's of create() or adopt(). */
@@ -36,6 +39,9 @@ struct vmm_events {
      * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence
      * for the user, with the VMM's own last words where there are some. */
     void (*exited)(void *arg, bool powered_off, const char *why);
+    /* What keeps ready() from coming, or the endpoint from being the right one; the backend goes on
+     * trying. */
+    void (*trouble)(void *arg, const char *why);
 };
 
 /* Where the guest's SSH server is reached. */
@@ -46,6 +52,8 @@ struct vmm_endpoint {
 
 struct vmm_ops {
     const char *name; /* as in `config/backend` */
+    bool existing;    /* the machine is there already: it is not booted but attached, from no image
+                         and with nothing put into it; stop() leaves it running */
 
     /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names
      * what is missing and the remedy (the caller frees it; also set on success, to say what was
@@ -76,6 +84,10 @@ struct vmm_ops {
 
     /* Where SSH is; false as long as that is not known. */
     bool (*endpoint)(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint);
+
+    /* The endpoint has not answered: a backend that knows of others, or can look for them, offers
+     * the next. May be NULL. */
+    void (*no_answer)(struct vmm *vmm);
 
     /* Adds what a user may want to know to `info` (pid, accelerator, …). */
     void (*describe)(const struct vmm *vmm, json_t *info);

@@ -98,7 +98,7 @@ static void words_are_chosen_from_a_list(void) {
     REFUSES("shell", "Raw", "login, raw", "its default is login");
     CHECK(set("shell", "") == 1 && reads("shell", "login"));
     CHECK(set("backend", "qemu") == 1);
-    REFUSES("backend", "bochs", "auto, qemu", "not \"bochs\"", "its default is auto");
+    REFUSES("backend", "bochs", "auto, qemu, attach", "not \"bochs\"", "its default is auto");
     CHECK(set("backend", "") == 1);
 }
 
@@ -116,6 +116,23 @@ static void names_cannot_be_more_than_names(void) {
                                       "a\"b", "größe", "a2345678901234567890123456789012x"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         REFUSES("user", bad[i], "a user's name");
+}
+
+static void a_machine_is_named_by_host_port_and_files(void) {
+    static const char *const hosts[] = {"192.0.2.7", "web.example", "fe80::1%eth0", "a_b-c"};
+    for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++)
+        CHECK_SAID(set("address", hosts[i]) == 1, "%s", hosts[i]);
+    static const char *const bad[] = {"-oProxyCommand=x", "a b", "[::1]", "a/b", "a\"",
+                                      "user@host"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        REFUSES("address", bad[i], "a host's name or IP address");
+    CHECK(config.port == 22 && set("port", "65535") == 1);
+    REFUSES("port", "65536", "1 to 65535", "its default is 22");
+    CHECK(set("key", "/root/.ssh/id_ed25519") == 1 && set("host_key", "/etc/a key.pub") == 1);
+    REFUSES("key", "/a\"b", "on the host", "the daemon's own");
+    REFUSES("host_key", "~/key", "absolute path");
+    CHECK(set("address", "") == 1 && set("port", "") == 1 && set("key", "") == 1 &&
+          set("host_key", "") == 1);
 }
 
 static void a_text_is_one_line_of_utf8(void) {
@@ -201,6 +218,7 @@ int main(void) {
     words_are_chosen_from_a_list();
     paths_are_absolute();
     names_cannot_be_more_than_names();
+    a_machine_is_named_by_host_port_and_files();
     a_text_is_one_line_of_utf8();
     a_name_that_is_none_is_told_with_those_that_are();
     a_wrong_value_is_quoted_without_control_characters();
