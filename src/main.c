@@ -17,7 +17,6 @@
 #include "util/cleanup.h"
 #include "util/log.h"
 #include "vm/daemon.h"
-#include "vmm/vmm.h"
 
 /* Start and end of the daemon.
  *
@@ -37,6 +36,7 @@ struct program {
     uv_signal_t signals[3];
     uv_timer_t end_timer;
     uint64_t deadline; /* of the end */
+    char *backend;     /* what new VMs run in, for the log */
     int report;        /* pipe to the starting process; -1: foreground */
     bool settled, ending;
 };
@@ -69,8 +69,7 @@ static void program_detach(struct program *p) {
 
 static void program_ready(struct daemon *d) {
     struct program *p = program_of(d);
-    log_info("mounted on %s, with %s", d->settings.mountpoint,
-             d->backend_note ? d->backend_note : d->backend->name);
+    log_info("mounted on %s, with %s", d->settings.mountpoint, p->backend);
     if (p->report < 0)
         return;
     program_detach(p);
@@ -191,6 +190,7 @@ static int program_run(struct program *p) {
 static void program_free(struct program *p) {
     fuse_channel_free(p->channel);
     daemon_free(&p->daemon);
+    free(p->backend);
     if (p->daemon.loop && uv_loop_close(&p->loop) < 0)
         log_error("handles of the loop are left open");
     uv_library_shutdown();
@@ -241,7 +241,6 @@ static int program_fork(struct program *p) {
 }
 
 static bool program_prepare(struct program *p, struct options *options) {
-    cleanup_free char *why = NULL;
     struct node *root = node_root_new(&p->daemon);
     /* Names the options that nobody knows: before what they would have changed is looked for. */
     p->channel =
@@ -251,15 +250,7 @@ static bool program_prepare(struct program *p, struct options *options) {
             node_unref(root);
         return false;
     }
-    if (!options_check(options))
-        return false;
-    if (vmm_find(options->settings.backend, &p->daemon.backend, &why) < 0) {
-        fprintf(stderr, "vmsfs: %s\n", why ? why : "no such backend");
-        return false;
-    }
-    p->daemon.backend_note = why;
-    why = NULL;
-    return true;
+    return options_check(options, &p->backend);
 }
 
 int main(int argc, char **argv) {

@@ -139,6 +139,35 @@ def daemon():
         one.clear()
 
 
+@pytest.fixture
+def sshd():
+    """Starts servers for this test alone, each an existing machine: sshd(MaxSessions=2)."""
+    made = []
+
+    def make(start=True, **config):
+        server = harness.Sshd(**config)
+        made.append(server)
+        return server.start() if start else server
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture
+def attached(sshd, daemon):
+    """Attaches an sshd as a VM of a daemon, both for this test alone: attached("name", "shell=raw", MaxSessions=10). It has
+    the server as `sshd`."""
+
+    def make(name="machine", options="", **config):
+        server = sshd(**config)
+        guest = daemon(server.options() + ("," + options if options else "")).boot(name)
+        guest.sshd = server
+        return guest
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def no_client_left():
     """No process of a test is left waiting."""

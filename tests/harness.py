@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -444,6 +445,103 @@ class Daemon:
 
     def guest(self, name):
         return Guest(self, name)
+
+
+def children(pid):
+    """Ids of all processes that come from this one."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                with open(f"/proc/{name}/stat", "rb") as f:
+                    parents[int(name)] = int(f.read().rpartition(b")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def make_key(path, kind="ed25519"):
+    for old in (path, path + ".pub"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(old)
+    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", "test", "-f", path], check=True, timeout=20)
+
+
+class Sshd:
+    """An existing machine: OpenSSH's server on a port of 127.0.0.1, with keys and a configuration of its own. Its root is
+    this host's, so only files of `path` are for the tests. `config`: further lines of sshd_config, as in MaxSessions=2."""
+
+    def __init__(self, **config):
+        self.path = os.path.join(RUN.path, f"sshd{RUN.number()}")
+        self.log = os.path.join(self.path, "log")
+        self.key = os.path.join(self.path, "client_key")
+        self.host_key = os.path.join(self.path, "host_key")
+        self.env_file = os.path.join(self.path, "env.sh")
+        self.authorized_keys = os.path.join(self.path, "authorized_keys")
+        self.port = free_port()
+        self.config = config
+        self.process = None
+        os.makedirs(self.path)
+        make_key(self.key)
+        make_key(self.host_key)
+        self.authorize(self.key + ".pub")
+
+    def authorize(self, public_key):
+        with open(self.authorized_keys, "a", encoding="ascii") as f:
+            f.write(read(public_key))
+
+    def options(self):
+        """For a daemon whose VMs are this machine."""
+        return (
+            f"backend=attach,address=127.0.0.1,port={self.port},key={self.key},host_key={self.host_key}.pub,"
+            f"env_file={self.env_file}"
+        )
+
+    def start(self, seconds=20):
+        lines = {
+            "ListenAddress": "127.0.0.1", "Port": self.port, "HostKey": self.host_key, "PidFile": "none", "UsePAM": "no",
+            "AuthorizedKeysFile": self.authorized_keys, "StrictModes": "no", "PermitRootLogin": "prohibit-password",
+            "SetEnv": f"HOME={self.path}", "PasswordAuthentication": "no", "MaxStartups": "100", "LogLevel": "VERBOSE", "Subsystem": "sftp internal-sftp",
+            **self.config,
+        }  # fmt: skip
+        with open(self.path + "/sshd_config", "w", encoding="ascii") as f:
+            f.writelines(f"{name} {value}\n" for name, value in lines.items())
+        os.makedirs("/run/sshd", 0o755, exist_ok=True)  # where it confines the part that talks to strangers
+        self.process = subprocess.Popen(
+            ["/usr/sbin/sshd", "-D", "-f", self.path + "/sshd_config", "-E", self.log],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        RUN.record_pid(self.process.pid)
+
+        def listens():
+            assert self.process.poll() is None, f"sshd has ended: {read(self.log)}"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
+                return True
+
+        wait_for(listens, "sshd listens", seconds)
+        return self
+
+    def stop(self):
+        """The machine is gone, with all that ran on it for somebody who was logged in."""
+        if not self.process:
+            return
+        pids = children(self.process.pid)
+        for pid in [self.process.pid] + pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=10)
+        for pid in pids:
+            wait_for(lambda pid=pid: not pid_alive(pid), f"process {pid} of sshd ends")
+        RUN.forget_pid(self.process.pid)
+        self.process = None
 
 
 class Guest:

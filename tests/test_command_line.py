@@ -107,7 +107,7 @@ def test_an_unknown_backend_is_named(place):
 
 @pytest.mark.parametrize(
     "option",
-    ["vcpus=0", "vcpus=x", "vcpus=", "vcpus=-1", "vcpus=1.5", "memory=1", "memory=64M", "memory=99999999999999999999",
+    ["vcpus=0", "vcpus=x", "vcpus=", "vcpus=-1", "vcpus=1.5", "memory=1", "memory=64K", "memory=99999999999999999999",
      "timeout=0", "timeout=-5", "timeout= 5", "boot_timeout=soon", "boot_timeout=0"],
 )  # fmt: skip
 def test_a_bad_number_is_named_with_what_is_taken(place, option):

@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fuse_opt.h>
-#include <limits.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,20 +11,21 @@
 #include <unistd.h>
 
 #include "util/cleanup.h"
+#include "util/errors.h"
 #include "util/number.h"
 #include "vm/image.h"
 #include "vm/spool.h"
+#include "vmm/vmm.h"
 
-#define DEFAULT_IMAGE "tiny"
-#define DEFAULT_BACKEND "auto"
-#define DEFAULT_BOOT_TIMEOUT 60
 #define DEFAULT_TIMEOUT 10
 #define DEFAULT_SCRATCH_TIMEOUT 600
 
-/* As they were given; numbers are checked afterwards, as a whole. */
+/* As they were given. Numbers are checked afterwards, as a whole; what new VMs start with at once.
+ */
 struct raw_options {
-    char *state, *images, *backend, *image, *vcpus, *memory, *boot_timeout, *timeout,
-        *scratch_timeout, *env_file, *output_max;
+    char *state, *images, *timeout, *scratch_timeout, *output_max;
+    struct vm_config config;
+    bool backend_given;
     int ephemeral, foreground, debug, help, version;
     char *arguments[2];
     int count;
@@ -39,14 +39,8 @@ struct raw_options {
 static const struct fuse_opt option_table[] = {
     TEXT(state),
     TEXT(images),
-    TEXT(backend),
-    TEXT(image),
-    TEXT(vcpus),
-    TEXT(memory),
-    TEXT(boot_timeout),
     TEXT(timeout),
     TEXT(scratch_timeout),
-    TEXT(env_file),
     TEXT(output_max),
     FLAG("ephemeral", ephemeral),
     FLAG("-f", foreground),
@@ -72,28 +66,74 @@ void options_print_help(void) {
            "    -o state=DIR         where VMs are recorded (/var/lib/vmsfs for root, else\n"
            "                         $XDG_STATE_HOME/vmsfs)\n"
            "    -o images=DIR        look for images here first\n"
-           "    -o image=NAME        image of new VMs: a folder's name, or its path (" DEFAULT_IMAGE
-           ")\n"
-           "    -o backend=NAME      qemu or auto (" DEFAULT_BACKEND ", or $VMSFS_BACKEND)\n"
-           "    -o vcpus=N           CPUs of new VMs (what the image says)\n"
-           "    -o memory=MIB        memory of new VMs (what the image says)\n"
-           "    -o boot_timeout=S    longest time from mkdir to running (%d)\n"
            "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
-           "    -o scratch_timeout=S how long temporary files in env/ live unused (%d)\n"
-           "    -o env_file=PATH     the variables' file in the guest (" GUEST_ENV_FILE ")\n"
+           "    -o scratch_timeout=S how long temporary files of tools live unused (%d)\n"
            "    -o output_max=BYTES  how much of a command's output is kept (1G)\n"
            "    -o ephemeral         destroy all VMs at unmount\n"
            "\n"
-           "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console.\n"
+           "What new VMs start with, each to be changed in ID/config/:\n",
+           DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
+        const struct config_setting *s = &config_settings[i];
+        printf("    -o %s=%-*s %s", s->name, 16 - (int)strlen(s->name), config_placeholder(s),
+               s->help);
+        for (size_t c = 0; s->choices && s->choices[c]; c++)
+            printf("%s%s", c ? ", " : ": ", s->choices[c]);
+        printf(" (%s)\n", s->standard[0] ? s->standard : s->otherwise);
+    }
+    printf("\n"
+           "VMSFS_BACKEND is another default for backend=. VMSFS_VERBOSE_BOOT=1 shows the\n"
+           "kernel's messages on the console.\n"
            "\n"
-           "Options of FUSE (allow_other always comes with default_permissions):\n",
-           DEFAULT_BOOT_TIMEOUT, DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);
+           "Options of FUSE (allow_other always comes with default_permissions):\n");
+}
+
+static bool option_say_why(const char *option, const char *why) {
+    fprintf(stderr, "vmsfs: %s: %s\n", option, why ? why : "out of memory");
+    return false;
+}
+
+/* An absolute path, also of what is not there yet. The daemon runs in /. */
+static char *absolute_path(const char *path) {
+    char *absolute = NULL;
+    cleanup_free char *cwd = NULL;
+    if (path[0] == '/')
+        return strdup(path);
+    cwd = getcwd(NULL, 0);
+    if (!cwd || asprintf(&absolute, "%s/%s", cwd, path) < 0)
+        return NULL;
+    return absolute;
+}
+
+/* Takes `NAME=VALUE` for a setting of new VMs. -ERR_NOT_FOUND: it is none. */
+static int option_setting(struct raw_options *raw, const char *arg) {
+    const char *equals = strchrnul(arg, '=');
+    cleanup_free char *name = strndup(arg, (size_t)(equals - arg)), *option = NULL, *why = NULL;
+    const struct config_setting *setting = name ? config_find(name) : NULL;
+    if (name && !setting)
+        return -ERR_NOT_FOUND;
+    const char *value = *equals ? equals + 1 : "";
+    cleanup_free char *absolute = NULL;
+    if (name && setting->kind == CONFIG_HOST_PATH && value[0] && (absolute = absolute_path(value)))
+        value = absolute;
+    int r = -ERR_NO_MEMORY;
+    if (name && asprintf(&option, "-o %s=%s", name, value) >= 0)
+        /* In config/ nothing stands for the default; here it is a slip. */
+        r = value[0] ? config_set(&raw->config, name, value, strlen(value), &why)
+                     : config_refuse(setting, value, 0, &why);
+    if (r < 0)
+        raw->failed = !option_say_why(option ? option : arg, why);
+    raw->backend_given |= name && strcmp(name, "backend") == 0;
+    return r;
 }
 
 static int option_other(void *data, const char *arg, int key, struct fuse_args *args) {
     struct raw_options *raw = data;
     (void)args;
     if (key == FUSE_OPT_KEY_OPT) {
+        int r = arg[0] == '-' ? -ERR_NOT_FOUND : option_setting(raw, arg);
+        if (r != -ERR_NOT_FOUND)
+            return r < 0 ? -1 : 0;
         /* What is left is libfuse's, which takes options with `-o` only. */
         if (arg[0] == '-') {
             fprintf(stderr, "vmsfs: unknown option %s; vmsfs -h lists them\n", arg);
@@ -126,18 +166,6 @@ static bool option_number(const char *name, const char *text, unsigned least, un
     }
     *ret_number = (unsigned)n;
     return true;
-}
-
-/* An absolute path, also of what is not there yet. The daemon runs in /. */
-static char *absolute_path(const char *path) {
-    char *absolute = NULL;
-    cleanup_free char *cwd = NULL;
-    if (path[0] == '/')
-        return strdup(path);
-    cwd = getcwd(NULL, 0);
-    if (!cwd || asprintf(&absolute, "%s/%s", cwd, path) < 0)
-        return NULL;
-    return absolute;
 }
 
 static char *default_state_dir(void) {
@@ -173,31 +201,21 @@ static bool is_yes(const char *text) {
     return false;
 }
 
-static char *text_or(const char *text, const char *variable, const char *fallback) {
-    const char *set = variable ? getenv(variable) : NULL;
-    return strdup(text ? text : set && set[0] ? set : fallback);
+/* $VMSFS_BACKEND, where no option says otherwise. */
+static bool options_take_environment(struct raw_options *raw) {
+    const char *backend = getenv("VMSFS_BACKEND");
+    cleanup_free char *why = NULL;
+    if (raw->backend_given || !backend || !backend[0] ||
+        config_set(&raw->config, "backend", backend, strlen(backend), &why) >= 0)
+        return true;
+    return option_say_why("VMSFS_BACKEND", why);
 }
 
-/* An absolute path without `.`, `..`, empty parts or control characters. */
-static bool is_guest_path(const char *path) {
-    for (const char *part = path; *part == '/'; part += strcspn(part, "/")) {
-        size_t length = strcspn(++part, "/");
-        if (length == 0 || length > 255 ||
-            (part[0] == '.' && (length == 1 || (length == 2 && part[1] == '.'))))
-            return false;
-    }
-    for (const char *c = path; *c; c++)
-        if ((unsigned char)*c < 0x20 || *c == 0x7f)
-            return false;
-    return path[0] == '/' && path[1] && strlen(path) < PATH_MAX;
-}
-
-static bool options_take(const struct raw_options *raw, struct settings *s) {
+static bool options_take(struct raw_options *raw, struct settings *s) {
+    s->config = raw->config;
+    raw->config = (struct vm_config){0};
     s->state_dir = raw->state ? absolute_path(raw->state) : default_state_dir();
     s->images_dir = raw->images ? absolute_path(raw->images) : NULL;
-    s->image = text_or(raw->image, NULL, DEFAULT_IMAGE);
-    s->backend = text_or(raw->backend, "VMSFS_BACKEND", DEFAULT_BACKEND);
-    s->env_file = text_or(raw->env_file, NULL, GUEST_ENV_FILE);
     s->verbose_boot = is_yes(getenv("VMSFS_VERBOSE_BOOT"));
     s->ephemeral = raw->ephemeral;
     if (!s->state_dir) {
@@ -206,20 +224,11 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
     }
     s->runtime_dir = runtime_dir(s->state_dir);
     s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
-    if (!s->env_file || !s->image || !s->backend || !s->runtime_dir || !s->mountpoint) {
+    if (!s->runtime_dir || !s->mountpoint) {
         fprintf(stderr, "vmsfs: out of memory\n");
         return false;
     }
-    if (!is_guest_path(s->env_file)) {
-        fprintf(stderr, "vmsfs: -o env_file=%s: takes the absolute path of a file in the guest\n",
-                s->env_file);
-        return false;
-    }
-    if (!option_number("vcpus", raw->vcpus, 1, 64, 0, &s->vcpus) ||
-        !option_number("memory", raw->memory, 16, 1 << 20, 0, &s->memory) ||
-        !option_number("boot_timeout", raw->boot_timeout, 1, 86400, DEFAULT_BOOT_TIMEOUT,
-                       &s->boot_timeout) ||
-        !option_number("timeout", raw->timeout, 1, 86400, DEFAULT_TIMEOUT, &s->timeout) ||
+    if (!option_number("timeout", raw->timeout, 1, 86400, DEFAULT_TIMEOUT, &s->timeout) ||
         !option_number("scratch_timeout", raw->scratch_timeout, 1, 86400, DEFAULT_SCRATCH_TIMEOUT,
                        &s->scratch_timeout))
         return false;
@@ -232,18 +241,16 @@ static bool options_take(const struct raw_options *raw, struct settings *s) {
         return false;
     }
     s->scratch_timeout *= 1000;
-    s->boot_timeout *= 1000;
     s->timeout *= 1000;
     return true;
 }
 
 static void raw_free(struct raw_options *raw) {
-    char *all[] = {raw->state,        raw->images,       raw->backend,         raw->image,
-                   raw->vcpus,        raw->memory,       raw->boot_timeout,    raw->timeout,
-                   raw->arguments[0], raw->arguments[1], raw->scratch_timeout, raw->env_file,
-                   raw->output_max};
+    char *all[] = {raw->state,      raw->images,       raw->timeout,     raw->scratch_timeout,
+                   raw->output_max, raw->arguments[0], raw->arguments[1]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
+    config_free(&raw->config);
 }
 
 /* What `mount` and df show as the device. A comma would end the option. */
@@ -261,7 +268,9 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
     struct raw_options raw = {0};
     struct options options = {0};
     struct fuse_args args = FUSE_ARGS_INIT(argc, argv);
-    bool ok = fuse_opt_parse(&args, &raw, option_table, option_other) == 0 && !raw.failed;
+    bool ok = config_init(&raw.config) == 0 &&
+              fuse_opt_parse(&args, &raw, option_table, option_other) == 0 && !raw.failed &&
+              options_take_environment(&raw);
     options.help = raw.help;
     options.version = raw.version;
     options.debug = raw.debug;
@@ -318,7 +327,9 @@ static bool check_mountpoint(const char *path) {
     return false;
 }
 
-bool options_check(const struct options *options) {
+bool options_check(const struct options *options, char **ret_backend) {
+    const struct vm_config *config = &options->settings.config;
+    const struct vmm_ops *backend;
     struct image image;
     cleanup_free char *why = NULL;
     if (!check_mountpoint(options->settings.mountpoint))
@@ -328,16 +339,17 @@ bool options_check(const struct options *options) {
                 "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
         return false;
     }
-    if (image_open(&options->settings, options->settings.image, &image, &why) < 0) {
+    if (vmm_find(config->backend, &backend, &why) < 0)
+        return option_say_why("-o backend", why);
+    *ret_backend = why;
+    why = NULL;
+    if (backend->existing)
+        return true;
+    if (image_open(&options->settings, config->image, &image, &why) < 0) {
         fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
         return false;
     }
-    bool ok = true;
-    if (options->settings.memory && options->settings.memory < image.memory_min) {
-        fprintf(stderr, "vmsfs: -o memory=%u: the image %s needs %u MiB at least\n",
-                options->settings.memory, options->settings.image, image.memory_min);
-        ok = false;
-    }
+    bool ok = image_check_memory(&image, config->image, config->memory, &why) == 0;
     image_close(&image);
-    return ok;
+    return ok || option_say_why("-o memory", why);
 }

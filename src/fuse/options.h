@@ -16,9 +16,10 @@ struct options {
 /* Reads the command line and the environment. False: it is wrong, and stderr says what and why. */
 bool options_parse(int argc, char **argv, struct options *ret_options);
 
-/* Looks whether what the options name is there: image, mount point, /dev/fuse. False: stderr says
- * what is missing and the remedy. */
-bool options_check(const struct options *options);
+/* Looks whether what the options name is there: mount point, /dev/fuse, backend, image. False:
+ * stderr says what is missing and the remedy. *ret_backend says what new VMs run in; the caller
+ * frees it. */
+bool options_check(const struct options *options, char **ret_backend);
 
 void options_print_help(void);
 void options_free_arguments(struct options *options);

@@ -127,8 +127,14 @@ static bool session_check_host_key(struct ssh_session *session) {
     size_t length = 0;
     int type;
     const char *key = libssh2_session_hostkey(session->transport.ssh, &length, &type);
-    return key && length == session->target.host_key_length &&
-           memcmp(key, session->target.host_key, length) == 0;
+    if (!key || (session->target.host_key_length > 0 &&
+                 (length != session->target.host_key_length ||
+                  memcmp(key, session->target.host_key, length) != 0)))
+        return false;
+    session->state = SESSION_AUTHENTICATING;
+    if (session->events.trusted)
+        session->events.trusted(session->arg, key, length);
+    return true;
 }
 
 static void session_handshake(struct ssh_session *session) {
@@ -148,13 +154,10 @@ static void session_handshake(struct ssh_session *session) {
         session_fail_transport(session);
         return;
     }
-    if (!session_check_host_key(session)) {
+    if (!session_check_host_key(session))
         session_fail(session, -ERR_DENIED,
                      "the server's host key is not the one this VM was given: this is another "
                      "machine, or its host key was replaced");
-        return;
-    }
-    session->state = SESSION_AUTHENTICATING;
 }
 
 static void session_authenticate(struct ssh_session *session) {
@@ -381,7 +384,7 @@ static void session_pump(struct ssh_session *session, bool readable) {
     if (silent && session->transport.heard && session->state != SESSION_DOWN)
         /* The identification line has come; from here the other deadline counts. */
         uv_timer_start(&session->uv.timer, session->uv.timer.timer_cb, session->target.timeout, 0);
-    if (session->state == SESSION_AUTHENTICATING)
+    if (session->state == SESSION_AUTHENTICATING && !session->gone)
         session_authenticate(session);
     if (session->state == SESSION_UP && !session->gone)
         session_run(session, readable);

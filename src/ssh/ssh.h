@@ -24,7 +24,7 @@ struct ssh_target {
     const char *user;
     const char *key_path;    /* private key file in OpenSSH format, without passphrase */
     const uint8_t *host_key; /* the one acceptable host key: a public key blob (RFC 4253, 6.6) */
-    size_t host_key_length;
+    size_t host_key_length;  /* 0: any is acceptable; trusted() tells which it was, for the next */
     unsigned banner_timeout; /* ms from connect() to the server's identification line. A user-mode
                                 network accepts connections before the guest listens, so this is
                                 short and the owner tries again */
@@ -35,6 +35,9 @@ struct ssh_target {
 struct ssh_session;
 
 struct ssh_session_events {
+    /* The server has proved that it has this host key, and it is acceptable; authentication
+     * follows. May be NULL. */
+    void (*trusted)(void *arg, const char *key, size_t length);
     /* Authenticated; channels can be opened. */
     void (*up)(void *arg);
     /* Refused or lost; exactly once, and the last callback. The session's channels have had their

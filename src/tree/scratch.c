@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "guest/env_file.h"
+#include "tree/config.h"
 #include "tree/env.h"
 #include "tree/text.h"
 #include "tree/tree.h"
@@ -205,6 +206,11 @@ static void scratch_write_file(struct handle *handle, const char *data, size_t l
     if (handle->flags & O_APPEND)
         offset = (off_t)scratch->content.len;
     int r = scratch_explain(node, scratch_write(scratch, data, length, offset));
+    if (r == 0 && node->ops == &setting_ops && !node->removed) { /* renamed onto a setting */
+        ((struct scratch_handle *)handle)->writing = length;
+        setting_commit(node, node->name, &scratch->content, scratch_written, handle, rq);
+        return;
+    }
     if (r == 0 && node->ops == &env_key_ops &&
         !node->removed) { /* it has been renamed onto a variable meanwhile */
         struct var_change set = {.name = node->name,

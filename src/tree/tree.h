@@ -6,6 +6,7 @@
 
 extern const struct node_ops root_ops;   /* /: the VMs */
 extern const struct node_ops vmdir_ops;  /* ID/: a static table of the rest */
+extern const struct node_ops config_ops; /* ID/config/ */
 extern const struct node_ops env_ops;    /* ID/env/ */
 extern const struct node_ops exec_ops;   /* ID/exec */
 extern const struct node_ops jobs_ops;   /* ID/jobs/ */

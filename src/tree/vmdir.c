@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tree/config.h"
 #include "tree/environ.h"
 #include "tree/run.h"
 #include "tree/scratch.h"
@@ -35,6 +36,7 @@ static bool vmdir_ssh_config(struct vm *vm, struct buf *out) {
 }
 
 static const struct node_row vmdir_rows[] = {
+    {"config", S_IFDIR | 0755, &config_ops, NULL},
     {"console", S_IFREG | 0400, &console_ops, NULL},
     {"env", S_IFDIR | 0700, &env_ops, NULL},
     {"environ", S_IFREG | 0600, &environ_ops, NULL},
@@ -47,7 +49,7 @@ static const struct node_row vmdir_rows[] = {
     {"status", S_IFREG | 0644, &status_ops, NULL},
 };
 #define VMDIR_ROWS (sizeof vmdir_rows / sizeof *vmdir_rows)
-_Static_assert(VMDIR_ROWS < INODE_FIRST_DYNAMIC, "inode numbers of static files run into others");
+_Static_assert(VMDIR_ROWS < SETTING_FIRST_SLOT, "inode numbers of static files run into others");
 
 uint64_t vmdir_slot(const struct node_row *row) {
     return row ? (uint64_t)(row - vmdir_rows) + 1 : 0;

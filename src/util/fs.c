@@ -157,17 +157,29 @@ int fs_run(const char *const argv[]) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : -EIO;
 }
 
+static const char base64_digits[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+void base64_encode(const char *data, size_t length, struct buf *out) {
+    for (size_t i = 0; i < length; i += 3) {
+        unsigned value = 0;
+        for (size_t j = 0; j < 3; j++)
+            value = value << 8 | (i + j < length ? (unsigned char)data[i + j] : 0);
+        for (size_t j = 0; j < 4; j++)
+            buf_append_char(out, i + j <= length ? base64_digits[value >> (18 - 6 * j) & 63] : '=');
+    }
+}
+
 int base64_decode(const char *text, size_t length, struct buf *out) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     unsigned value = 0;
     int bits = 0;
     while (length > 0 && text[length - 1] == '=')
         length--;
     for (size_t i = 0; i < length; i++) {
-        const char *digit = text[i] ? strchr(digits, text[i]) : NULL;
+        const char *digit = text[i] ? strchr(base64_digits, text[i]) : NULL;
         if (!digit)
             return -EINVAL;
-        value = (value << 6 | (unsigned)(digit - digits)) & 0xffffff;
+        value = (value << 6 | (unsigned)(digit - base64_digits)) & 0xffffff;
         bits += 6;
         if (bits >= 8) {
             bits -= 8;

@@ -32,3 +32,4 @@ int fs_run(const char *const argv[]);
 
 /* RFC 4648, section 4. -EINVAL for what is no base64. */
 int base64_decode(const char *text, size_t length, struct buf *out);
+void base64_encode(const char *data, size_t length, struct buf *out);

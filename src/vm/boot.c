@@ -11,36 +11,36 @@
 #include "util/cpio.h"
 #include "util/errors.h"
 #include "util/fs.h"
+#include "vm/host_key.h"
+#include "vm/machine.h"
 #include "vm/vars.h"
+#include "vmm/vmm.h"
 
 /* Everything the worker thread uses is a copy, or constant for the life of the daemon. */
 struct vm_boot {
     uv_work_t work;
     struct vm *vm; /* a reference */
     const struct settings *settings;
-    char *id, *dir, *image_name, *key_public;
+    struct vm_config config;
+    char *id, *dir, *key_public;
+    char *key_path; /* to log in to an existing machine */
     struct buf env; /* the guest's env file */
     struct vm_boot_result result;
     void (*done)(struct vm *vm, struct vm_boot_result *result);
 };
 
 static int boot_fail(struct vm_boot *boot, const char *what, const char *path, int error) {
-    if (!boot->result.why &&
-        asprintf(&boot->result.why, "%s %s: %s", what, path, strerror(-error)) < 0)
+    free(boot->result.why);
+    if (asprintf(&boot->result.why, "%s %s: %s", what, path, strerror(-error)) < 0)
         boot->result.why = NULL;
     return boot->result.status = -ERR_GONE;
 }
 
 int boot_read_public_key(const char *path, struct buf *ret_blob) {
     cleanup_buf struct buf text = {0};
+    const char *wrong;
     int r = fs_read(path, 4096, &text);
-    if (r < 0)
-        return r;
-    char *start = text.data ? strchr(text.data, ' ') : NULL;
-    if (!start)
-        return -ERR_INVALID;
-    start++;
-    return base64_decode(start, strcspn(start, " \n"), ret_blob);
+    return r < 0 ? r : host_key_parse(text.data ? text.data : "", text.len, ret_blob, &wrong);
 }
 
 /* The host key is made once and stays with the VM: a client that has learned it finds it again. */
@@ -73,7 +73,7 @@ static int boot_host_key(struct vm_boot *boot, struct buf *ret_private) {
 
 /* The env file with the folders above it. */
 static int boot_archive_env(struct vm_boot *boot, struct buf *out) {
-    cleanup_free char *path = strdup(boot->settings->env_file + 1);
+    cleanup_free char *path = strdup(boot->config.env_file + 1);
     int r = path ? 0 : -ENOMEM;
     for (char *slash = path; r == 0 && (slash = strchr(slash, '/')); slash++) {
         *slash = '\0';
@@ -167,13 +167,30 @@ static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
     return 0;
 }
 
+/* What it runs in, and what is booted or attached. */
+static int boot_find(struct vm_boot *boot) {
+    struct vm_boot_result *result = &boot->result;
+    const struct vm_config *config = &boot->config;
+    char *why = NULL;
+    int r = vmm_find(config->backend, &result->backend, &result->why);
+    if (r == 0 && result->backend->existing)
+        r = machine_prepare(config, boot->key_path, &result->host_key, &why);
+    else if (r == 0)
+        r = image_open(boot->settings, config->image, &result->image, &why);
+    if (r == 0 && !result->backend->existing)
+        r = image_check_memory(&result->image, config->image, config->memory, &why);
+    if (why) {
+        free(result->why);
+        result->why = why;
+    }
+    return result->status = r;
+}
+
 static void boot_work(uv_work_t *work) {
     struct vm_boot *boot = work->data;
     cleanup_buf struct buf host_key = {0}, archive = {0};
-    boot->result.status =
-        image_open(boot->settings, boot->image_name, &boot->result.image, &boot->result.why);
-    if (boot->result.status < 0 || boot_host_key(boot, &host_key) < 0 ||
-        boot_archive(boot, &host_key, &archive) < 0)
+    if (boot_find(boot) < 0 || boot->result.backend->existing ||
+        boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
         return;
     boot_initrd(boot, &archive);
     explicit_bzero(host_key.data, host_key.len);
@@ -183,8 +200,9 @@ static void boot_work(uv_work_t *work) {
 static void boot_free(struct vm_boot *boot) {
     free(boot->id);
     free(boot->dir);
-    free(boot->image_name);
+    config_free(&boot->config);
     free(boot->key_public);
+    free(boot->key_path);
     buf_free(&boot->env);
     free(boot->result.why);
     free(boot->result.initrd);
@@ -211,11 +229,13 @@ int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_resul
     boot->settings = &vm->daemon->settings;
     boot->id = strdup(vm->id);
     boot->dir = strdup(vm->dir);
-    boot->image_name = strdup(vm->image);
     boot->key_public = strdup(vm->daemon->key_public);
+    boot->key_path = strdup(vm->config.key[0] ? vm->config.key : vm->daemon->key_path);
     boot->work.data = boot;
-    int r = vars_inject(vm->vars, &boot->env);
-    if (!boot->id || !boot->dir || !boot->image_name || !boot->key_public)
+    int r = config_copy(&boot->config, &vm->config);
+    if (r == 0)
+        r = vars_inject(vm->vars, &boot->env);
+    if (!boot->id || !boot->dir || !boot->key_public || !boot->key_path)
         r = -ERR_NO_MEMORY;
     if (r == 0)
         r = uv_queue_work(vm->daemon->loop, &boot->work, boot_work, boot_after);

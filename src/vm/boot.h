@@ -10,7 +10,8 @@ struct vm_boot;
 
 struct vm_boot_result {
     int status;
-    char *why; /* a sentence, when status < 0 */
+    char *why; /* a sentence: when status < 0 what is wrong, else why this backend */
+    const struct vmm_ops *backend;
     struct image image;
     char *initrd;        /* of this VM */
     struct buf host_key; /* public key blob */

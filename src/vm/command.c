@@ -416,7 +416,7 @@ static struct command_shell *shell_open(struct commands *commands, bool ahead) {
      * gets TERM and KILL, so if there was no time to start a shell ahead, the group of its
      * connection will do, if it has that to itself. */
     bool new_group = !vm->facts.own_group && (ahead || !ssh_pool_is_exclusive(commands->pool));
-    vm->guest->command_shell(&text, &vm->facts, vm->daemon->settings.env_file, new_group);
+    vm->guest->command_shell(&text, &vm->facts, vm->config.env_file, new_group);
     if (!shell || text.failed) {
         free(shell);
         return NULL;

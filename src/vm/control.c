@@ -6,8 +6,8 @@
 #include "ssh/ssh.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
-#include "util/log.h"
 #include "util/random.h"
+#include "vm/machine.h"
 #include "vm/target.h"
 #include "vm/vm.h"
 
@@ -18,6 +18,7 @@
  * no SSH server yet refuses at once, so while it boots the pace decides how early it is found. */
 #define CONTROL_RETRY_MS 50
 #define CONTROL_RETRY_MOST_MS 1000
+#define CONTROL_DENIED_MOST_MS 8000 /* for a machine of others, who may count what they refuse */
 
 /* The most that an answer may hold: the variables, quoted, and some more. */
 #define CONTROL_ANSWER_LIMIT (GUEST_ENV_LIMIT + (1 << 20))
@@ -35,6 +36,7 @@ struct control {
     struct ssh_session *session; /* NULL between two attempts */
     struct ssh_channel *shell;
     bool started, up;
+    bool trusted;      /* the host key of this attempt was accepted */
     unsigned retry;    /* ms */
     uv_timer_t *timer; /* retry while there is no session, deadline of the first request while there
                           is one */
@@ -114,27 +116,35 @@ static void control_disconnect(struct control *control) {
         ssh_session_close(control->session);
     control->shell = NULL;
     control->session = NULL;
-    control->up = false;
+    control->up = control->trusted = false;
     if (control->answer.data)
         explicit_bzero(control->answer.data, control->answer.len);
     buf_free(&control->answer);
     control->searched = 0;
 }
 
+static unsigned control_retry_most(const struct control *control, int status) {
+    if (machine_is_existing(control->vm))
+        return status == -ERR_DENIED ? CONTROL_DENIED_MOST_MS : CONTROL_RETRY_MOST_MS;
+    return control->vm->state == VM_BOOTING ? CONTROL_RETRY_MS : CONTROL_RETRY_MOST_MS;
+}
+
 static void control_lost(struct control *control, int status, const char *why) {
-    bool was_up = control->up;
+    bool was_up = control->up, trusted = control->trusted;
     control_disconnect(control);
     if (control->started) {
+        unsigned most = control_retry_most(control, status);
+        if (status == -ERR_DENIED && control->retry < CONTROL_RETRY_MOST_MS)
+            control->retry = CONTROL_RETRY_MOST_MS; /* will not get better by itself */
         uv_timer_start(control->timer, control_retry, control->retry, 0);
         control->retry *= 2;
-        unsigned most = control->vm->state == VM_BOOTING ? CONTROL_RETRY_MS : CONTROL_RETRY_MOST_MS;
         if (control->retry > most)
             control->retry = most;
     }
     if (was_up)
         vm_guest_lost(control->vm, status, why);
     else
-        log_debug("%s: no connection yet: %s", control->vm->id, why);
+        machine_no_answer(control->vm, status, trusted, why);
     control_fail_requests(control, status);
 }
 
@@ -212,17 +222,18 @@ static void control_up(void *arg) {
 }
 
 static void control_down(void *arg, int status, const char *why) {
+    control_lost(arg, status, why);
+}
+
+static void control_trusted(void *arg, const char *key, size_t length) {
     struct control *control = arg;
-    if (status ==
-        -ERR_DENIED) { /* will not get better by itself: let it be seen, and do not hurry */
-        vm_fail(control->vm, status, "%s", why);
-        control->retry = CONTROL_RETRY_MOST_MS;
-    }
-    control_lost(control, status, why);
+    control->trusted = true;
+    machine_trust(control->vm, key, length);
 }
 
 static void control_connect(struct control *control) {
-    static const struct ssh_session_events events = {.up = control_up, .down = control_down};
+    static const struct ssh_session_events events = {
+        .trusted = control_trusted, .up = control_up, .down = control_down};
     struct ssh_target target;
     int r = vm_target(control->vm, &target) ? ssh_session_open(control->vm->daemon->loop, &target,
                                                                &events, control, &control->session)

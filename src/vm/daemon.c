@@ -242,12 +242,9 @@ void daemon_free(struct daemon *d) {
     }
     free(d->key_path);
     free(d->key_public);
-    free(d->backend_note);
     free(d->settings.mountpoint);
     free(d->settings.state_dir);
     free(d->settings.runtime_dir);
     free(d->settings.images_dir);
-    free(d->settings.env_file);
-    free(d->settings.image);
-    free(d->settings.backend);
+    config_free(&d->settings.config);
 }

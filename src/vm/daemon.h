@@ -9,7 +9,7 @@
 #include "guest/guest.h"
 #include "util/buf.h"
 #include "util/list.h"
-#include "vmm/vmm.h"
+#include "vm/config.h"
 
 /* The whole that the VMs live in: one for each process, made by main(). */
 
@@ -18,19 +18,14 @@ struct vm;
 /* What the command line and the environment decide; set before the daemon starts, constant after.
  */
 struct settings {
-    char *mountpoint;  /* absolute */
-    char *state_dir;   /* absolute, 0700 */
-    char *runtime_dir; /* absolute, 0700: sockets */
-    char *images_dir;  /* `-o images=`; NULL: the default search path alone */
-    char *image;       /* name or absolute path */
-    char *backend;
-    unsigned vcpus;           /* 0: what the image says */
-    unsigned memory;          /* MiB; 0: what the image says */
-    unsigned boot_timeout;    /* ms from mkdir until running */
+    char *mountpoint;         /* absolute */
+    char *state_dir;          /* absolute, 0700 */
+    char *runtime_dir;        /* absolute, 0700: sockets */
+    char *images_dir;         /* `-o images=`; NULL: the default search path alone */
+    struct vm_config config;  /* what a new VM starts with */
     unsigned timeout;         /* ms: the longest wait for an answer of a guest or a VMM */
     unsigned scratch_timeout; /* ms that a temporary file lives without being used */
     uint64_t output_max;      /* bytes that are kept of a command's output */
-    char *env_file;           /* in the guest, absolute */
     bool verbose_boot;
     bool ephemeral; /* destroy every VM at unmount */
 };
@@ -40,12 +35,10 @@ RB_HEAD(vm_index, vm);
 struct daemon {
     uv_loop_t *loop;
     struct settings settings;
-    const struct vmm_ops *backend;
-    char *backend_note; /* why this backend: vmm_ops.check() */
-    int lock_fd;        /* holds the lock on the state directory */
-    char *key_path;     /* private key with which the daemon logs in to its guests */
-    char *key_public;   /* its public part, one line */
-    uid_t uid;          /* owner of every file of the tree */
+    int lock_fd;      /* holds the lock on the state directory */
+    char *key_path;   /* private key with which the daemon logs in to its guests */
+    char *key_public; /* its public part, one line */
+    uid_t uid;        /* owner of every file of the tree */
     gid_t gid;
     uv_timer_t *housekeeping; /* what has to be looked at every few seconds */
     bool closing;

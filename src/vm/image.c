@@ -172,3 +172,11 @@ int image_open(const struct settings *settings, const char *name, struct image *
         *ret_image = image;
     return r;
 }
+
+int image_check_memory(const struct image *image, const char *name, unsigned memory,
+                       char **ret_why) {
+    if (!memory || memory >= image->memory_min)
+        return 0;
+    return image_fail(ret_why, "%u MiB are too little memory for the image \"%s\", which needs %u",
+                      memory, name, image->memory_min);
+}

@@ -26,5 +26,10 @@ int image_open(const struct settings *settings, const char *name, struct image *
                char **ret_why);
 void image_close(struct image *image);
 
+/* Is this much memory (MiB; 0: what the image says) enough for the image called `name`? As
+ * image_open() otherwise. */
+int image_check_memory(const struct image *image, const char *name, unsigned memory,
+                       char **ret_why);
+
 /* The folders that images are looked for in, one a line, in their order. */
 void image_search_path(const struct settings *settings, struct buf *out);

@@ -9,6 +9,7 @@
 #include "util/log.h"
 #include "vm/boot.h"
 #include "vm/job.h"
+#include "vm/machine.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -25,24 +26,33 @@ struct record_writing {
     struct vm *vm; /* a reference */
     char *path;
     char *text;
-    bool for_vars; /* its verdict is that of a batch of variables */
+    bool for_vars;     /* its verdict is that of a batch of variables */
+    struct list waits; /* of vm_wait: its verdict is theirs, too */
     int status;
 };
 
 static json_t *record_make(struct vm *vm) {
-    json_t *vmm = vm->vmm ? vm->vmm->ops->save(vm->vmm) : NULL;
+    /* A machine that is being left is not to be attached again. */
+    bool left = machine_is_existing(vm) && vm->state == VM_STOPPING;
+    json_t *vmm = vm->vmm && !left ? vm->vmm->ops->save(vm->vmm) : NULL;
     json_t *variables = vars_save(vm->vars);
-    if (!variables) {
+    json_t *config = config_save(&vm->config);
+    if (!variables || !config) {
         json_decref(vmm);
+        json_decref(variables);
+        json_decref(config);
         return NULL;
     }
-    return json_pack(
-        "{s:i, s:s, s:I, s:s, s:b, s:b, s:s, s:i, s:i, s:I, s:I, s:s*, s:s*, s:o*, s:o}", "version",
+    json_t *record = json_pack(
+        "{s:i, s:s, s:I, s:s, s:b, s:b, s:o, s:I, s:I, s:s*, s:s*, s:o*, s:o}", "version",
         RECORD_VERSION, "id", vm->id, "number", (json_int_t)vm->number, "state",
         vm_state_name(vm->state), "attached", vm->attached, "owned", vars_are_owned(vm->vars),
-        "image", vm->image, "vcpus", (int)vm->vcpus, "memory", (int)vm->memory, "created",
-        (json_int_t)vm->created.tv_sec, "booted_ms", (json_int_t)vm->booted_ms, "user", vm->user,
-        "backend", vm->vmm ? vm->vmm->ops->name : NULL, "vmm", vmm, "variables", variables);
+        "config", config, "created", (json_int_t)vm->created.tv_sec, "booted_ms",
+        (json_int_t)vm->booted_ms, "user", vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL,
+        "vmm", vmm, "variables", variables);
+    if (record)
+        machine_save(vm, record);
+    return record;
 }
 
 static void record_write(uv_work_t *work) {
@@ -64,6 +74,9 @@ static void record_due(uv_timer_t *timer);
 static void record_written(uv_work_t *work, int status) {
     struct record_writing *w = work->data;
     struct vm *vm = w->vm;
+    int verdict = w->status == -ENOSPC || w->status == -EDQUOT ? -ERR_NO_ROOM
+                  : w->status < 0                              ? -ERR_IO
+                                                               : 0;
     (void)status;
     vm->saving = false;
     if (w->status < 0 && !vm->gone) {
@@ -73,14 +86,14 @@ static void record_written(uv_work_t *work, int status) {
             log_error("cannot write %s: %s", w->path, strerror(-w->status));
         uv_timer_start(vm->save_timer, record_due, RECORD_RETRY_MS, 0);
     }
+    vm_wait_wake(&w->waits, vm->gone ? -ERR_GONE : verdict);
     if (vm->gone) {
+        vm_wait_wake(&vm->save_waits, -ERR_GONE);
         vars_saved(vm->vars, -ERR_GONE);
         vm_destroy_step(vm);
     } else {
         if (w->for_vars)
-            vars_saved(vm->vars, w->status == -ENOSPC || w->status == -EDQUOT ? -ERR_NO_ROOM
-                                 : w->status < 0                              ? -ERR_IO
-                                                                              : 0);
+            vars_saved(vm->vars, verdict);
         if (vm->save_again && !vm->saving)
             record_start(vm);
         if (vm->announcing && !vm->saving)
@@ -118,6 +131,8 @@ static void record_start(struct vm *vm) {
     }
     json_decref(record);
     if (ok) {
+        list_init(&w->waits);
+        list_splice(&w->waits, &vm->save_waits);
         vm->saving = true;
         vm_ref(vm);
         return;
@@ -125,6 +140,7 @@ static void record_start(struct vm *vm) {
     log_error("%s: no memory to write its record", vm->id);
     if (w)
         record_free(w);
+    vm_wait_wake(&vm->save_waits, -ERR_NO_MEMORY);
     vars_saved(vm->vars, -ERR_NO_MEMORY);
 }
 
@@ -132,6 +148,11 @@ void vm_save(struct vm *vm) {
     vm->save_again = true;
     if (!vm->saving && !vm->gone)
         record_start(vm);
+}
+
+void vm_save_for(struct vm *vm, struct vm_wait *wait) {
+    list_append(&vm->save_waits, &wait->link);
+    vm_save(vm);
 }
 
 static void record_due(uv_timer_t *timer) {
@@ -152,19 +173,28 @@ static unsigned record_number(const json_t *record, const char *key) {
     return n < 0 || n > (1 << 20) ? 0 : (unsigned)n;
 }
 
+static void record_configure(struct vm *vm, const json_t *saved) {
+    cleanup_free char *why = NULL;
+    int r = saved ? config_load(&vm->config, saved, &why) : 0;
+    if (r < 0)
+        vm_fail(vm, r, "%s: its recorded configuration is wrong: %s, which it has now", vm->id,
+                why ? why : error_text(r));
+}
+
 /* Takes over the VMM that runs for this VM, if it does. */
 static void record_adopt(struct vm *vm, const json_t *record) {
     const struct vmm_ops *ops;
-    cleanup_free char *why = NULL, *key = NULL;
+    cleanup_free char *note = NULL, *key = NULL;
     const char *backend = record_text(record, "backend");
     const json_t *saved = json_object_get(record, "vmm");
-    struct vmm_config config = {.id = vm->id, .dir = vm->dir};
+    struct vmm_config config = {
+        .id = vm->id, .dir = vm->dir, .address = vm->config.address, .port = vm->config.port};
     if (!backend || !saved)
         return;
     if (asprintf(&key, "%s/ssh_host_ed25519_key.pub", vm->dir) < 0)
         return;
-    int r = vmm_find(backend, &ops, &why);
-    if (r == 0)
+    int r = vmm_find(backend, &ops, &note);
+    if (r == 0 && !ops->existing)
         r = boot_read_public_key(key, &vm->host_key);
     if (r == 0)
         r = ops->adopt(vm->daemon->loop, &config, saved, &vm_vmm_events, vm, &vm->vmm);
@@ -174,6 +204,9 @@ static void record_adopt(struct vm *vm, const json_t *record) {
                 vm->id);
         return;
     }
+    vm->backend = ops;
+    vm->backend_note = note;
+    note = NULL;
     vm->attached = json_is_true(json_object_get(record, "attached"));
     vm->boot_started = uv_now(vm->daemon->loop);
     vm->state = vm->attached ? VM_UNREACHABLE : VM_BOOTING;
@@ -193,7 +226,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     json_t *record = json_loadb(text.data ? text.data : "", text.len, 0, &error);
     if (text.data)
         explicit_bzero(text.data, text.len);
-    const char *id = record_text(record, "id"), *image = record_text(record, "image");
+    const char *id = record_text(record, "id");
     json_int_t number = json_integer_value(json_object_get(record, "number"));
     struct vm *vm = NULL;
     if (id && vm_id_is_valid(id) && number > 0 && number < UINT32_MAX)
@@ -203,14 +236,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
         json_decref(record);
         return NULL;
     }
-    if (image) {
-        free(vm->image);
-        vm->image = strdup(image);
-    }
     if (record_text(record, "user"))
         vm->user = strdup(record_text(record, "user"));
-    vm->vcpus = record_number(record, "vcpus");
-    vm->memory = record_number(record, "memory");
     vm->booted_ms = record_number(record, "booted_ms");
     vm->created.tv_sec = json_integer_value(json_object_get(record, "created"));
     int state =
@@ -219,6 +246,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
             : VM_STOPPED;
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
     vm->boot_again = state == VM_BOOTING && !json_object_get(record, "vmm");
+    record_configure(vm, json_object_get(record, "config"));
+    machine_load(vm, record);
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));
     if (r < 0) {

@@ -47,29 +47,32 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->guest = &guest_linux;
     list_init(&vm->state_waits);
     list_init(&vm->end_waits);
+    list_init(&vm->save_waits);
     list_init(&vm->ending);
     clock_gettime(CLOCK_REALTIME, &vm->created);
     vm->changed = vm->created;
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++)
+        vm->config_files[i].changed = vm->created;
     vm->id = strdup(id);
     vm->dir = strdup(dir);
-    vm->image = strdup(d->settings.image);
-    vm->vcpus = d->settings.vcpus;
-    vm->memory = d->settings.memory;
     vm->vars = vars_new(vm);
     vm->control = control_new(vm);
     vm->commands = commands_new(vm);
     vm->jobs = jobs_new(vm);
     vm->env_scratch = scratches_new(vm);
     vm->vm_scratch = scratches_new(vm);
+    vm->config_scratch = scratches_new(vm);
     vm->timer = malloc(sizeof *vm->timer);
     vm->save_timer = malloc(sizeof *vm->save_timer);
-    if (!vm->id || !vm->dir || !vm->image || !vm->vars || !vm->control || !vm->commands ||
-        !vm->jobs || !vm->env_scratch || !vm->vm_scratch || !vm->timer || !vm->save_timer) {
+    if (config_copy(&vm->config, &d->settings.config) < 0 || !vm->id || !vm->dir || !vm->vars ||
+        !vm->control || !vm->commands || !vm->jobs || !vm->env_scratch || !vm->vm_scratch ||
+        !vm->config_scratch || !vm->timer || !vm->save_timer) {
         control_free(vm->control);
         commands_free(vm->commands);
         jobs_free(vm->jobs);
         scratches_free(vm->env_scratch);
         scratches_free(vm->vm_scratch);
+        scratches_free(vm->config_scratch);
         free(vm->timer);
         free(vm->save_timer);
         vm_unref(vm);
@@ -135,11 +138,12 @@ static void vm_shut(struct vm *vm) {
     jobs_free(vm->jobs);
     scratches_free(vm->env_scratch);
     scratches_free(vm->vm_scratch);
+    scratches_free(vm->config_scratch);
     vars_shut(vm->vars);
     vm->control = NULL;
     vm->commands = NULL;
     vm->jobs = NULL;
-    vm->env_scratch = vm->vm_scratch = NULL;
+    vm->env_scratch = vm->vm_scratch = vm->config_scratch = NULL;
     uv_close((uv_handle_t *)vm->timer, (uv_close_cb)free);
     uv_close((uv_handle_t *)vm->save_timer, (uv_close_cb)free);
     vm->timer = vm->save_timer = NULL;

@@ -247,7 +247,7 @@ static int vars_check_text(struct vars *vars, const char *text, size_t length) {
     if (r == -ERR_TOO_LARGE)
         vm_fail(vars->vm, r,
                 "%s in the guest holds more than the %d bytes in %d variables that are read",
-                vars->vm->daemon->settings.env_file, VARS_LEARN_LIMIT, VARS_LEARN_COUNT);
+                vars->vm->config.env_file, VARS_LEARN_LIMIT, VARS_LEARN_COUNT);
     return r;
 }
 

@@ -120,6 +120,16 @@ int vars_inject(struct vars *vars, struct buf *out);
  * connection: brings both sides together; `done` when they are. */
 void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status));
 
+/* The same for an existing machine (vm/machine.h), whose file nothing of ours has gone into. When
+ * it is met for the first time, its variables and those of the table are put together, and the
+ * table's win. `before`: it has had them all, so if the table was changed since vars_leave() it is
+ * what the machine gets, else the machine's file is the truth. */
+void vars_meet(struct vars *vars, bool before, void (*done)(struct vm *vm, int status));
+/* It is left alone with the variables that it has. */
+void vars_leave(struct vars *vars);
+/* What is left behind there is wanted wherever the VM runs next. */
+void vars_take_along(struct vars *vars);
+
 /* The VM is running now: what has been queued meanwhile goes to the guest. */
 void vars_resume(struct vars *vars);
 

@@ -405,7 +405,7 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
 }
 
 int vars_send(struct vars *vars, const struct vars_batch *batch, control_done *done, void *arg) {
-    const char *path = vars->vm->daemon->settings.env_file;
+    const char *path = vars->vm->config.env_file;
     cleanup_buf struct buf text = {0}, script = {0};
     int r = vars_format(vars, batch, &text);
     if (r == 0) {

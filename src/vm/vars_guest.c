@@ -17,15 +17,22 @@ int vars_explain(struct vars *vars, const char *doing, int status, const char *o
                  size_t length) {
     const char *end = memchr(output, '\n', length);
     size_t words = end ? (size_t)(end - output) : length;
-    const char *path = vars->vm->daemon->settings.env_file;
+    const char *path = vars->vm->config.env_file;
     if (status == GUEST_CHANGED)
         return vm_fail(
             vars->vm, -ERR_BUSY,
             "%s %s in the guest failed: others keep changing it; the variables are unchanged",
             doing, path);
-    return vm_fail(vars->vm, memmem(output, length, "No space", 8) ? -ERR_NO_ROOM : -ERR_IO,
-                   "%s %s in the guest failed: %.*s; the variables are unchanged", doing, path,
-                   words > 200 ? 200 : (int)words, output);
+    bool full = memmem(output, length, "No space", 8);
+    bool denied = memmem(output, length, "Permission denied", 17);
+    return vm_fail(vars->vm,
+                   full     ? -ERR_NO_ROOM
+                   : denied ? -ERR_DENIED
+                            : -ERR_IO,
+                   "%s %s in the guest failed: %.*s; the variables are unchanged%s%s%s", doing,
+                   path, words > 200 ? 200 : (int)words, output,
+                   denied ? ". Name a file in config/env_file that " : "",
+                   denied ? vars->vm->user : "", denied ? " may write" : "");
 }
 
 static void vars_end_attach(struct vars *vars, int status) {
@@ -139,7 +146,7 @@ static void vars_have_read(void *arg, int status, const char *output, size_t len
 int vars_read(struct vars *vars) {
     struct vm *vm = vars->vm;
     cleanup_buf struct buf script = {0};
-    vm->guest->env_read(&script, vm->daemon->settings.env_file);
+    vm->guest->env_read(&script, vm->config.env_file);
     if (script.failed)
         return -ERR_NO_MEMORY;
     int r = control_request(vm->control, &script, vars_have_read, vm);
@@ -209,4 +216,17 @@ void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int
     int r = vars->refreshing ? 0 : vars_read(vars);
     if (r < 0)
         vars_end_attach(vars, r);
+}
+
+void vars_meet(struct vars *vars, bool before, void (*done)(struct vm *vm, int status)) {
+    vars->injected = before;
+    vars_attach(vars, !before || vars->owned, done);
+}
+
+void vars_leave(struct vars *vars) {
+    vars->owned = false;
+}
+
+void vars_take_along(struct vars *vars) {
+    vars->owned = vars->owned || vars_count(vars) > 0;
 }

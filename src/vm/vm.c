@@ -1,6 +1,6 @@
 #include "vm/vm.h"
 
-#include <arpa/inet.h>
+#include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,14 +14,14 @@
 #include "vm/command.h"
 #include "vm/console.h"
 #include "vm/control.h"
+#include "vm/machine.h"
 #include "vm/target.h"
 #include "vm/vars.h"
 #include "vmm/vmm.h"
 
 /* The life of a VM: booting, running, stopping, and what goes wrong. */
 
-/* The steps of a stop: the guest's own power-down, the VMM's quitting, SIGKILL. */
-#define VM_POWERDOWN_MS 10000
+/* The last steps of a stop, behind the guest's own power-down: the VMM's quitting, SIGKILL. */
 #define VM_QUIT_MS 2000
 
 /* From connect() to the server's first line: short, because a connection that came before the
@@ -70,9 +70,11 @@ void vm_unref(struct vm *vm) {
     vars_free(vm->vars);
     buf_free(&vm->error);
     buf_free(&vm->host_key);
+    buf_free(&vm->trouble);
     free(vm->id);
     free(vm->dir);
-    free(vm->image);
+    config_free(&vm->config);
+    free(vm->backend_note);
     free(vm->user);
     free(vm);
 }
@@ -141,8 +143,7 @@ static int vm_refuse(struct vm *vm, const char *what) {
 }
 
 bool vm_uses_login_shell(const struct vm *vm) {
-    (void)vm;
-    return true;
+    return strcmp(vm->config.shell, "raw") != 0;
 }
 
 int vm_check_running(struct vm *vm) {
@@ -167,16 +168,19 @@ int vm_check_running(struct vm *vm) {
 bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
     const struct settings *settings = &vm->daemon->settings;
     struct vmm_endpoint endpoint;
-    if (!vm->vmm || !vm->user || !vm->host_key.len || !vm->vmm->ops->endpoint(vm->vmm, &endpoint))
+    bool existing = machine_is_existing(vm);
+    if (!vm->vmm || !vm->user || (!vm->host_key.len && !existing) ||
+        !vm->vmm->ops->endpoint(vm->vmm, &endpoint))
         return false;
     *ret_target = (struct ssh_target){
         .address = endpoint.address,
         .address_length = endpoint.length,
         .user = vm->user,
-        .key_path = vm->daemon->key_path,
-        .host_key = (const uint8_t *)vm->host_key.data,
+        .key_path = machine_key_path(vm),
+        .host_key = (const uint8_t *)(vm->host_key.data ? vm->host_key.data : ""),
         .host_key_length = vm->host_key.len,
-        .banner_timeout = settings->timeout < VM_BANNER_MS ? settings->timeout : VM_BANNER_MS,
+        .banner_timeout =
+            existing || settings->timeout < VM_BANNER_MS ? settings->timeout : VM_BANNER_MS,
         .timeout = settings->timeout,
     };
     return true;
@@ -213,14 +217,17 @@ static void vm_attached(struct vm *vm, int status) {
     }
     /* A later daemon has to know that from now on the guest's file is the truth. */
     vm->booted_ms = uv_now(vm->daemon->loop) - vm->boot_started;
-    vm->attached = vm->announcing = true;
+    vm->attached = vm->announcing = vm->met = true;
     vm_save(vm);
 }
 
 void vm_guest_up(struct vm *vm) {
     if (vm->gone || (vm->state != VM_BOOTING && vm->state != VM_UNREACHABLE))
         return;
-    vars_attach(vm->vars, !vm->attached, vm_attached);
+    if (machine_is_existing(vm) && !vm->attached)
+        vars_meet(vm->vars, vm->met, vm_attached);
+    else
+        vars_attach(vm->vars, !vm->attached, vm_attached);
 }
 
 void vm_guest_lost(struct vm *vm, int status, const char *why) {
@@ -275,7 +282,12 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
     vm_destroy_step(vm);
 }
 
-const struct vmm_events vm_vmm_events = {.ready = vm_vmm_ready, .exited = vm_vmm_exited};
+static void vm_vmm_trouble(void *arg, const char *why) {
+    machine_no_answer(arg, -ERR_UNREACHABLE, false, why);
+}
+
+const struct vmm_events vm_vmm_events = {
+    .ready = vm_vmm_ready, .exited = vm_vmm_exited, .trouble = vm_vmm_trouble};
 
 /* The end of a boot that did not come to anything. */
 static void vm_boot_failed(struct vm *vm) {
@@ -287,53 +299,94 @@ static void vm_boot_failed(struct vm *vm) {
 
 static void vm_boot_overdue(uv_timer_t *timer) {
     struct vm *vm = timer->data;
-    vm_fail(
-        vm, -ERR_TIMED_OUT,
-        "%s could not be reached by SSH within %u s of its boot; see its console, or give it more "
-        "time with -o boot_timeout=SECONDS",
-        vm->id, vm->daemon->settings.boot_timeout / 1000);
+    if (machine_is_existing(vm))
+        vm_fail(vm, -ERR_TIMED_OUT,
+                "%s could not be attached within %u s (config/boot_timeout): %s; `echo running > "
+                "status` tries again",
+                vm->id, vm->config.boot_timeout, machine_trouble(vm));
+    else
+        vm_fail(vm, -ERR_TIMED_OUT,
+                "%s could not be reached by SSH within %u s of its boot; see its console, or give "
+                "it more "
+                "time with -o boot_timeout=SECONDS or config/boot_timeout",
+                vm->id, vm->config.boot_timeout);
     vm_boot_failed(vm);
 }
 
-static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
-    const struct settings *settings = &vm->daemon->settings;
-    cleanup_buf struct buf socket = {0}, boot_args = {0};
-    if (vm->gone) {
-        vm_destroy_step(vm);
-        return;
-    }
-    if (vm->state != VM_BOOTING)
-        return;
-    if (result->status < 0) {
-        vm_fail(vm, result->status, "%s cannot boot: %s", vm->id, result->why ? result->why : "");
-        vm_boot_failed(vm);
-        return;
-    }
+static int vm_set_user(struct vm *vm, const char *user) {
+    char *copy = strdup(user);
+    if (!copy)
+        return -ERR_NO_MEMORY;
     free(vm->user);
-    vm->user = result->image.user;
-    result->image.user = NULL;
-    buf_free(&vm->host_key);
-    vm->host_key = result->host_key;
-    result->host_key = (struct buf){0};
+    vm->user = copy;
+    return 0;
+}
 
+/* Takes over what the preparation has found out. */
+static int vm_take_boot(struct vm *vm, struct vm_boot_result *result) {
+    bool existing = result->backend->existing;
+    const char *user = existing ? "root" : result->image.user;
+    vm->backend = result->backend;
+    free(vm->backend_note);
+    vm->backend_note = result->why;
+    result->why = NULL;
+    /* A host key that was learned holds until another is given. */
+    if (!existing || !vm->host_key_learned || result->host_key.len) {
+        buf_free(&vm->host_key);
+        vm->host_key = result->host_key;
+        result->host_key = (struct buf){0};
+        vm->host_key_learned = false;
+    }
+    return vm_set_user(vm, vm->config.user[0] ? vm->config.user : user);
+}
+
+/* Starts the VMM. */
+static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
+    const struct settings *settings = &vm->daemon->settings;
+    const struct image *image = &result->image;
+    cleanup_buf struct buf socket = {0}, boot_args = {0};
     buf_printf(&socket, "%s/%llu.qmp", settings->runtime_dir, (unsigned long long)vm->number);
-    buf_printf(&boot_args, "%s%s", result->image.boot_args, settings->verbose_boot ? "" : " quiet");
+    if (image->boot_args)
+        buf_printf(&boot_args, "%s%s%s%s", image->boot_args, settings->verbose_boot ? "" : " quiet",
+                   vm->config.boot_args[0] ? " " : "", vm->config.boot_args);
     struct vmm_config config = {
         .id = vm->id,
         .dir = vm->dir,
         .socket = socket.data,
-        .kernel = result->image.kernel,
+        .kernel = image->kernel,
         .initrd = result->initrd,
         .boot_args = boot_args.data,
-        .vcpus = vm->vcpus ? vm->vcpus : result->image.vcpus,
-        .memory = vm->memory ? vm->memory : result->image.memory,
+        .vcpus = vm->config.vcpus ? vm->config.vcpus : image->vcpus,
+        .memory = vm->config.memory ? vm->config.memory : image->memory,
+        .address = vm->config.address,
+        .port = vm->config.port,
     };
-    int r =
-        socket.failed || boot_args.failed
-            ? -ERR_NO_MEMORY
-            : vm->daemon->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
+    if (socket.failed || boot_args.failed)
+        return -ERR_NO_MEMORY;
+    return vm->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
+}
+
+static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
+    if (vm->gone) {
+        vm_destroy_step(vm);
+        return;
+    }
+    if (vm->state == VM_STOPPING)
+        vm_set_state(vm, VM_STOPPED);
+    if (vm->state != VM_BOOTING)
+        return;
+    if (result->status < 0) {
+        vm_fail(vm, result->status, "%s cannot %s: %s", vm->id,
+                result->backend && result->backend->existing ? "be attached" : "boot",
+                result->why ? result->why : "");
+        vm_boot_failed(vm);
+        return;
+    }
+    int r = vm_take_boot(vm, result);
+    if (r == 0)
+        r = vm_create_vmm(vm, result);
     if (r < 0) {
-        vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->daemon->backend->name,
+        vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,
                 strerror(-r));
         vm_boot_failed(vm);
         return;
@@ -342,11 +395,12 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
     if (record_begin(vm) < 0)
         log_error("%s: its record could not be written", vm->id);
     vm_save(vm);
-    console_watch_start(vm, result->image.ready);
+    if (result->image.ready)
+        console_watch_start(vm, result->image.ready);
 }
 
 void vm_watch_boot(struct vm *vm) {
-    uv_timer_start(vm->timer, vm_boot_overdue, vm->daemon->settings.boot_timeout, 0);
+    uv_timer_start(vm->timer, vm_boot_overdue, (uint64_t)vm->config.boot_timeout * 1000, 0);
 }
 
 int vm_boot(struct vm *vm) {
@@ -370,14 +424,19 @@ static int vm_start(struct vm *vm) {
 static int vm_stop(struct vm *vm) {
     if (!vm->vmm) { /* being prepared, or failed */
         uv_timer_stop(vm->timer);
-        vm_set_state(vm, VM_STOPPED);
+        vm_set_state(vm, vm->boot ? VM_STOPPING : VM_STOPPED); /* until it can be started again */
         return 0;
     }
     uv_timer_stop(vm->timer);
     if (vm->state == VM_BOOTING)
         vm_disconnect(vm, -ERR_GONE, "the VM is stopped while it boots");
+    if (machine_is_existing(vm) && vm->attached)
+        vars_leave(vm->vars);
     vm_set_state(vm, VM_STOPPING);
-    vm->vmm->ops->stop(vm->vmm, VM_POWERDOWN_MS, VM_QUIT_MS);
+    if (machine_is_existing(vm))
+        machine_leave(vm);
+    else
+        vm->vmm->ops->stop(vm->vmm, vm->config.stop_timeout * 1000, VM_QUIT_MS);
     return 0;
 }
 
@@ -403,11 +462,14 @@ json_t *vm_info(const struct vm *vm) {
     json_t *info = json_object();
     json_object_set_new(info, "id", json_string(vm->id));
     json_object_set_new(info, "state", json_string(vm_state_name(vm->state)));
-    json_object_set_new(info, "backend", json_string(vm->daemon->backend->name));
+    json_object_set_new(info, "backend",
+                        json_string(vm->backend ? vm->backend->name : vm->config.backend));
     json_object_set_new(info, "backend_note",
-                        json_string(vm->daemon->backend_note ? vm->daemon->backend_note : ""));
-    json_object_set_new(info, "image", json_string(vm->image));
+                        json_string(vm->backend_note ? vm->backend_note : ""));
+    json_object_set_new(info, "image", json_string(vm->config.image));
     json_object_set_new(info, "user", vm->user ? json_string(vm->user) : json_null());
+    const char *source = machine_host_key_source(vm);
+    json_object_set_new(info, "host_key", source ? json_string(source) : json_null());
     json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
     json_object_set_new(info, "booted_ms",
                         vm->booted_ms ? json_integer((json_int_t)vm->booted_ms) : json_null());
@@ -424,15 +486,15 @@ json_t *vm_info(const struct vm *vm) {
 
 bool vm_ssh_config(const struct vm *vm, struct buf *out) {
     struct ssh_target target;
-    char host[INET6_ADDRSTRLEN] = "";
-    if (!vm_target(vm, &target) || target.address.ss_family != AF_INET)
+    char host[NI_MAXHOST], port[NI_MAXSERV];
+    if (!vm_target(vm, &target) || !target.host_key_length ||
+        getnameinfo((const struct sockaddr *)&target.address, target.address_length, host,
+                    sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) != 0)
         return false;
-    const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)&target.address;
-    inet_ntop(AF_INET, &in->sin_addr, host, sizeof host);
     buf_printf(out,
                "Host %s\n"
                "    HostName %s\n"
-               "    Port %u\n"
+               "    Port %s\n"
                "    User %s\n"
                "    HostKeyAlias %s\n"
                "    IdentityFile \"%s\"\n"
@@ -440,6 +502,6 @@ bool vm_ssh_config(const struct vm *vm, struct buf *out) {
                "    UserKnownHostsFile \"%s/known_hosts\"\n"
                "    StrictHostKeyChecking yes\n"
                "    LogLevel ERROR\n",
-               vm->id, host, ntohs(in->sin_port), vm->user, vm->id, vm->daemon->key_path, vm->dir);
+               vm->id, host, port, vm->user, vm->id, target.key_path, vm->dir);
     return !out->failed;
 }

@@ -61,13 +61,21 @@ struct vm {
     struct buf error;      /* the newest failure, a sentence with a newline */
     struct timespec error_time;
 
-    char *dir;                           /* its folder in the state directory */
-    char *image;                         /* as configured */
-    unsigned vcpus, memory;              /* as configured; 0: what the image says */
+    char *dir;               /* its folder in the state directory */
+    struct vm_config config; /* vm_configure() changes it */
+    struct vm_config_file {
+        struct timespec changed;
+        uint64_t removed; /* uv_now() when it was last unlinked; 0: it is there */
+    } config_files[CONFIG_SETTINGS];
+    const struct vmm_ops *backend;       /* what it runs in, or ran in last; NULL: nothing yet */
+    char *backend_note;                  /* why that: vmm_ops.check() */
     struct vm_boot *boot;                /* preparation under way (vm/boot.c), or NULL */
     struct console_watch *console_watch; /* while booting (vm/console.c), or NULL */
     struct buf host_key;                 /* public key blob that the guest must show */
-    char *user;                          /* whom to log in as; of the image */
+    bool host_key_learned;               /* it is what an existing machine has shown first */
+    bool met;                            /* an existing machine has had the variables before */
+    struct buf trouble;                  /* why an existing machine has not answered */
+    char *user;                          /* whom to log in as */
 
     const struct guest_ops *guest;
     struct guest_facts facts; /* known once the guest has been reached */
@@ -75,12 +83,13 @@ struct vm {
     struct vars *vars;
     bool environ_plain;       /* `environ` is printed without the lines that make a shell export */
     uint64_t environ_removed; /* uv_now() when `environ` was last unlinked; 0: it is there */
-    struct scratches *env_scratch; /* temporary files beside the variables */
-    struct scratches *vm_scratch;  /* and beside `environ` */
-    struct control *control;       /* resident shell */
-    struct commands *commands;     /* runs commands in the guest */
-    struct jobs *jobs;             /* the commands of jobs/ */
-    uint64_t last_scratch;         /* numbers of temporary files */
+    struct scratches *env_scratch;    /* temporary files beside the variables */
+    struct scratches *vm_scratch;     /* and beside `environ` */
+    struct scratches *config_scratch; /* and beside the settings */
+    struct control *control;          /* resident shell */
+    struct commands *commands;        /* runs commands in the guest */
+    struct jobs *jobs;                /* the commands of jobs/ */
+    uint64_t last_scratch;            /* numbers of temporary files */
 
     uv_timer_t *timer;      /* boot deadline */
     uv_timer_t *save_timer; /* see vm_save_soon() */
@@ -89,8 +98,9 @@ struct vm {
     bool attached;          /* the guest of this boot has been heard: its file is the truth */
     bool announcing;        /* running as soon as the record says that it is attached */
     bool saving, save_again;
-    bool boot_again;       /* the last daemon ended before it had started the VMM */
-    struct list end_waits; /* of vm_wait: woken when destroyed */
+    struct list save_waits; /* of vm_wait: see vm_save_for() */
+    bool boot_again;        /* the last daemon ended before it had started the VMM */
+    struct list end_waits;  /* of vm_wait: woken when destroyed */
 };
 
 /* [A-Za-z0-9][A-Za-z0-9-]{0,62} */
@@ -114,6 +124,13 @@ int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait);
 
 /* Do its commands read the start-up files of a login shell? */
 bool vm_uses_login_shell(const struct vm *vm);
+
+/* Changes a setting (vm/config.h) to what was written. 1: it is that already, no wait needed. 0: it
+ * is changed, and `wait` (may be NULL) is told when it is on the disk, or that it was taken back.
+ * -ERR_INVALID (also for a name that is none), and -ERR_BUSY in a state in which it cannot be
+ * changed, leave words. A cancelled wait leaves the change to take its course. */
+int vm_configure(struct vm *vm, const char *name, const char *text, size_t length,
+                 struct vm_wait *wait);
 
 /* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6).
  */
@@ -144,6 +161,8 @@ void vm_save(struct vm *vm);
 /* The same within VM_SAVE_SOON_MS, so that a burst is one writing. */
 #define VM_SAVE_SOON_MS 100
 void vm_save_soon(struct vm *vm);
+/* The same at once; `wait` is told when it is on the disk, or why it is not. */
+void vm_save_for(struct vm *vm, struct vm_wait *wait);
 
 /* Private to the VM layer. */
 

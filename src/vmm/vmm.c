@@ -1,23 +1,28 @@
 #include "vmm/vmm.h"
 
+#include <pthread.h>
 #include <string.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
 
-/* In the order in which "auto" tries them. `found` caches a check() that succeeded, because it
+/* `found` caches a check() that succeeded, because it
  * starts programs and VMs are created all the time; a failure is asked anew, so that installing
  * what was missing helps at once. */
+#define VMM_ROW(backend, tried) {.ops = &backend##_ops, .automatic = (tried)},
 static struct vmm_backend {
     const struct vmm_ops *ops;
+    bool automatic; /* "auto" tries it */
     char *found;
-} vmm_backends[] = {
-    {.ops = &qemu_ops},
-};
+} vmm_backends[] = {VMM_BACKENDS(VMM_ROW)};
+#undef VMM_ROW
 
-#define VMM_BACKENDS (sizeof vmm_backends / sizeof *vmm_backends)
+#define VMM_COUNT (sizeof vmm_backends / sizeof *vmm_backends)
 
-static int vmm_backend_check(struct vmm_backend *backend, char **ret_why) {
+/* Boots look for their backend in the thread pool. */
+static pthread_mutex_t vmm_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+static int vmm_backend_check_locked(struct vmm_backend *backend, char **ret_why) {
     if (backend->found) {
         *ret_why = strdup(backend->found);
         return *ret_why ? 0 : -ENOMEM;
@@ -31,11 +36,20 @@ static int vmm_backend_check(struct vmm_backend *backend, char **ret_why) {
     return status == 0 || status == -ENOMEM ? status : -ERR_UNSUPPORTED;
 }
 
+static int vmm_backend_check(struct vmm_backend *backend, char **ret_why) {
+    pthread_mutex_lock(&vmm_mutex);
+    int status = vmm_backend_check_locked(backend, ret_why);
+    pthread_mutex_unlock(&vmm_mutex);
+    return status;
+}
+
 /* The first backend that works; if none does, what each of them said. */
 static int vmm_find_any(const struct vmm_ops **ret_ops, char **ret_why) {
     cleanup_buf struct buf all = {0};
-    for (size_t i = 0; i < VMM_BACKENDS; i++) {
+    for (size_t i = 0; i < VMM_COUNT; i++) {
         cleanup_free char *why = NULL;
+        if (!vmm_backends[i].automatic)
+            continue;
         int status = vmm_backend_check(&vmm_backends[i], &why);
         if (status == -ENOMEM)
             return status;
@@ -46,7 +60,7 @@ static int vmm_find_any(const struct vmm_ops **ret_ops, char **ret_why) {
             return 0;
         }
         buf_printf(&all, "%s%s: %s",
-                   i ? "; " : "no backend works here: ", vmm_backends[i].ops->name,
+                   all.len ? "; " : "no backend works here: ", vmm_backends[i].ops->name,
                    why ? why : error_text(status));
     }
     *ret_why = buf_steal(&all, NULL);
@@ -59,10 +73,8 @@ int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why) {
         return vmm_find_any(ret_ops, ret_why);
 
     cleanup_buf struct buf names = {0};
-    buf_printf(&names,
-               "there is no backend \"%s\" (-o backend=, or $VMSFS_BACKEND); known are: auto",
-               name);
-    for (size_t i = 0; i < VMM_BACKENDS; i++) {
+    buf_printf(&names, "there is no backend \"%s\"; known are: auto", name);
+    for (size_t i = 0; i < VMM_COUNT; i++) {
         if (strcmp(name, vmm_backends[i].ops->name) == 0) {
             int status = vmm_backend_check(&vmm_backends[i], ret_why);
             if (status == 0)

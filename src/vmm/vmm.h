@@ -5,11 +5,13 @@
 #include <sys/socket.h>
 #include <uv.h>
 
+#include "vmm/backends.h"
+
 /* Virtual machine monitors behind one table of operations (design, section 6: "Backends").
  *
  * A `struct vmm` is one instance: one VM in one VMM. The VM layer owns it, from create() or adopt()
- * to release(). All functions are called in the loop's thread and never block; callbacks are never
- * called from inside the function that caused them. */
+ * to release(). All functions but check() are called in the loop's thread and never block;
+ * callbacks are never called from inside the function that caused them. */
 
 struct vmm;
 
@@ -24,6 +26,9 @@ struct vmm_config {
     const char *boot_args; /* kernel command line */
     unsigned vcpus;
     unsigned memory; /* MiB */
+    /* Of a machine that exists already; nothing of the boot is set then. */
+    const char *address; /* a name, or a numeric address */
+    unsigned port;
 };
 
 /* What a VMM tells. `arg` is the caller's of create() or adopt(). */
@@ -34,6 +39,9 @@ struct vmm_events {
      * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence
      * for the user, with the VMM's own last words where there are some. */
     void (*exited)(void *arg, bool powered_off, const char *why);
+    /* What keeps ready() from coming, or the endpoint from being the right one; the backend goes on
+     * trying. */
+    void (*trouble)(void *arg, const char *why);
 };
 
 /* Where the guest's SSH server is reached. */
@@ -44,10 +52,13 @@ struct vmm_endpoint {
 
 struct vmm_ops {
     const char *name; /* as in `config/backend` */
+    bool existing;    /* the machine is there already: it is not booted but attached, from no image
+                         and with nothing put into it; stop() leaves it running */
 
     /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names
      * what is missing and the remedy (the caller frees it; also set on success, to say what was
-     * found, such as "QEMU 7.2 without KVM"). Synchronous; called before anything is mounted. */
+     * found, such as "QEMU 7.2 without KVM"). Blocks: called before anything is mounted and in the
+     * thread pool, once at a time. */
     int (*check)(char **ret_why);
 
     /* Spawns the VMM for a new boot of the guest. Errors that are known at once come back as
@@ -74,6 +85,10 @@ struct vmm_ops {
     /* Where SSH is; false as long as that is not known. */
     bool (*endpoint)(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint);
 
+    /* The endpoint has not answered: a backend that knows of others, or can look for them, offers
+     * the next. May be NULL. */
+    void (*no_answer)(struct vmm *vmm);
+
     /* Adds what a user may want to know to `info` (pid, accelerator, …). */
     void (*describe)(const struct vmm *vmm, json_t *info);
 
@@ -88,7 +103,10 @@ struct vmm {
 };
 
 /* The backend called `name`; "auto" is the first that works here. -EINVAL for a name that is none,
- * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). */
+ * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). From any thread; may start
+ * programs and wait for them. */
 int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
 
-extern const struct vmm_ops qemu_ops;
+#define VMM_DECLARE(name, automatic) extern const struct vmm_ops name##_ops;
+VMM_BACKENDS(VMM_DECLARE)
+#undef VMM_DECLARE

@@ -1,0 +1,5 @@
+#pragma once
+
+/* The backends by name: NAME_ops (vmm/vmm.h) is its table. In the order in which "auto" tries them;
+ * the second column says whether it does. */
+#define VMM_BACKENDS(X) X(qemu, true) X(attach, false)
