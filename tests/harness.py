@@ -19,6 +19,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.environ.get("VMSFS_TEST_BUILD", os.path.join(ROOT, "build-tests"))
 VMSFS = os.path.join(BUILD, "vmsfs")
+# Built without sanitizers, for tests of the daemon's memory.
+CLEAN = os.environ.get("VMSFS_TEST_CLEAN", os.path.join(ROOT, "build-clang", "vmsfs"))
 IMAGES = os.path.join(BUILD, "images")
 
 # The options that the tests use where nothing else is said, and how much longer an operation may take than the
@@ -290,7 +292,8 @@ def environment(extra=None):
 class Daemon:
     """vmsfs on a mount point of its own, with a state directory that outlives it."""
 
-    def __init__(self, options="", detached=False, env=None, timeout=TIMEOUT, boot_timeout=BOOT_TIMEOUT):
+    def __init__(self, options="", detached=False, env=None, timeout=TIMEOUT, boot_timeout=BOOT_TIMEOUT, program=VMSFS):
+        self.program = program
         self.path = os.path.join(RUN.path, f"d{RUN.number()}")
         self.mount = os.path.join(self.path, "vms")
         self.state = os.path.join(self.path, "state")
@@ -308,7 +311,7 @@ class Daemon:
         RUN.daemons.append(self)
 
     def argv(self):
-        return [VMSFS, self.mount, "-o", self.options]
+        return [self.program, self.mount, "-o", self.options]
 
     def start(self, seconds=30):
         log = open(self.log, "ab")

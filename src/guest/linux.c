@@ -148,13 +148,19 @@ static void linux_command_signal(struct buf *out, long pid, const char *signal, 
 
 /* The shell that was started in advance. `eval` runs the command in this very shell, so that
  * starting it costs no exec. The marker is printed by a trap, so that it comes after `exit` too; a
- * command that replaces the shell (`exec`) has none, and its end is that of the channel. */
+ * command that replaces the shell (`exec`) has none, and its end is that of the channel. bash and
+ * ksh run that trap also when a signal ends them, with the status of the command before: so there a
+ * signal first takes the trap away. */
 static const char linux_shell_script[] =
     "_vmsfs_nl='\n'\n"
     "_vmsfs_env() { [ ! -r \"$_vmsfs_file\" ] || . \"$_vmsfs_file\"; }\n"
     "_vmsfs_login() { [ ! -r /etc/profile ] || . /etc/profile\n"
     "if [ -n \"${BASH_VERSION-}\" ] && [ -r ~/.bash_profile ]; then . ~/.bash_profile\n"
     "elif [ -r ~/.profile ]; then . ~/.profile; fi; }\n"
+    "if [ -n \"${BASH_VERSION-}${KSH_VERSION-}\" ]; then\n"
+    "for _vmsfs_s in HUP INT QUIT ILL TRAP ABRT BUS FPE USR1 SEGV USR2 PIPE ALRM TERM XCPU XFSZ "
+    "VTALRM PROF SYS; do\n"
+    "trap \"trap - EXIT $_vmsfs_s; kill -$_vmsfs_s $$\" $_vmsfs_s; done; fi\n"
     "echo '" GUEST_SHELL_START "'$$; echo '" GUEST_SHELL_START "'$$ >&2\n"
     "IFS= read -r _vmsfs_line && eval \"$_vmsfs_line\"\n";
 

@@ -195,6 +195,26 @@ static void a_folder_that_is_not_there_is_an_error_of_the_command(void) {
         check_guest_command(shells[s], &command, "", "", 1, true);
 }
 
+static void a_shell_ended_by_a_signal_is_no_success(void) {
+    static const struct {
+        const char *text;
+        int number;
+    } rows[] = {{"true; kill -TERM $$; sleep 5", SIGTERM},
+                {"true; kill -HUP $$; sleep 5", SIGHUP},
+                {"true; kill -SEGV $$; sleep 5", SIGSEGV},
+                {"true; kill -KILL $$; sleep 5", SIGKILL},
+                {"true; sh -c 'kill -TERM '$$'; sleep 0.1'", SIGTERM}};
+    for (size_t s = 0; s < sizeof shells / sizeof *shells; s++)
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+            struct guest_command command = {
+                .nonce = NONCE, .text = rows[i].text, .length = strlen(rows[i].text)};
+            /* zsh makes an exit with status 1 of a HUP, in order. */
+            bool exits = rows[i].number == SIGHUP && strstr(shells[s], "zsh");
+            check_guest_command(shells[s], &command, "", "", exits ? 1 : 128 + rows[i].number,
+                                exits);
+        }
+}
+
 static void signals_are_known_by_name(void) {
     CHECK(guest_linux.signal_is_known("TERM") && guest_linux.signal_is_known("WINCH"));
     CHECK(!guest_linux.signal_is_known("") && !guest_linux.signal_is_known("TERM; reboot"));
@@ -307,6 +327,7 @@ int main(void) {
     long_commands_run_in_every_shell();
     words_are_run_as_they_stand_in_every_shell();
     a_folder_that_is_not_there_is_an_error_of_the_command();
+    a_shell_ended_by_a_signal_is_no_success();
     signals_are_known_by_name();
     the_env_file_is_replaced_only_as_it_was_seen();
     unlink(ENV_FILE);
