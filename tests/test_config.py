@@ -245,7 +245,19 @@ def test_settings_are_what_the_next_boot_is_made_of(daemon):
     write(vm.env("KEY"), "new\n")
     assert b"export KEY='new'" in vm.ssh("cat /etc/profile.d/other.sh")
     assert vm.value("KEY") == b"new"
+    assert vm.exec("echo $KEY") == b"new\n"
     assert b"vmsfs_env.sh" not in vm.ssh("ls /etc/profile.d")
+
+
+def test_shell_says_what_commands_are_run_by_at_once(new_vm):
+    vm = new_vm("shells")
+    write(vm.env("KEY"), "value\n")
+    vm.ssh("echo 'FROM_PROFILE=yes' >> /etc/profile")
+    assert vm.exec("echo $FROM_PROFILE $KEY") == b"yes value\n"
+    write(setting(vm, "shell"), "raw\n")
+    assert vm.exec("echo $FROM_PROFILE $KEY") == b"value\n"
+    write(setting(vm, "shell"), "\n")
+    assert vm.exec("echo $FROM_PROFILE $KEY") == b"yes value\n"
 
 
 def test_what_was_written_survives_the_death_of_the_daemon_and_other_options(daemon):

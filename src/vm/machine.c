@@ -112,6 +112,17 @@ void machine_changed(struct vm *vm, const struct config_setting *setting) {
     }
 }
 
+bool machine_is_nowhere(struct vm *vm) {
+    if (vm->config.address[0] || !vmm_is_for_existing(vm->config.backend))
+        return false;
+    vm_fail(
+        vm, -ERR_GONE,
+        "%s cannot be attached: where is it? Write its name or IP address to config/address, and "
+        "`echo running > status`",
+        vm->id);
+    return true;
+}
+
 static __attribute__((format(printf, 2, 3))) int machine_fail(char **ret_why, const char *format,
                                                               ...) {
     struct buf why = {0};
@@ -127,9 +138,6 @@ int machine_prepare(const struct vm_config *config, const char *key_path, struct
                     char **ret_why) {
     cleanup_buf struct buf text = {0};
     const char *wrong;
-    if (!config->address[0])
-        return machine_fail(ret_why, "where is it? Write its name or IP address to config/address, "
-                                     "and `echo running > status`");
     if (access(key_path, R_OK) < 0)
         return machine_fail(ret_why, "the private key %s (config/key) cannot be read: %s", key_path,
                             strerror(errno));

@@ -32,6 +32,9 @@ void machine_changed(struct vm *vm, const struct config_setting *setting);
 /* The VM is stopping: lets go of the machine. */
 void machine_leave(struct vm *vm);
 
+/* An existing machine without an address: leaves words. */
+bool machine_is_nowhere(struct vm *vm);
+
 /* What has to be done before it is attached, in the thread pool: looks for the files that the
  * configuration names, and reads the host key. On error *ret_why is a sentence. */
 int machine_prepare(const struct vm_config *config, const char *key_path, struct buf *ret_host_key,

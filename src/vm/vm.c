@@ -406,6 +406,11 @@ void vm_watch_boot(struct vm *vm) {
 int vm_boot(struct vm *vm) {
     vm->attached = false;
     vm->boot_started = uv_now(vm->daemon->loop);
+    if (machine_is_nowhere(
+            vm)) { /* at once, so that mkdir can be followed by writing the address */
+        vm_set_state(vm, VM_FAILED);
+        return 0;
+    }
     int r = boot_prepare(vm, vm_boot_prepared);
     if (r < 0)
         return r;

@@ -86,3 +86,10 @@ int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why) {
     *ret_why = buf_steal(&names, NULL);
     return *ret_why ? -ERR_INVALID : -ENOMEM;
 }
+
+bool vmm_is_for_existing(const char *name) {
+    for (size_t i = 0; i < VMM_COUNT; i++)
+        if (strcmp(name, vmm_backends[i].ops->name) == 0)
+            return vmm_backends[i].ops->existing;
+    return false;
+}

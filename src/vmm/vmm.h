@@ -107,6 +107,9 @@ struct vmm {
  * programs and wait for them. */
 int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
 
+/* Is this backend for machines that exist already? At once, without looking whether it works. */
+bool vmm_is_for_existing(const char *name);
+
 #define VMM_DECLARE(name, automatic) extern const struct vmm_ops name##_ops;
 VMM_BACKENDS(VMM_DECLARE)
 #undef VMM_DECLARE
