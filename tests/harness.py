@@ -413,7 +413,7 @@ class Daemon:
                 for pid in self.qemus():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
-                for name in os.listdir(self.mount):
+                for name in self.vms():
                     with contextlib.suppress(FileNotFoundError):
                         os.rmdir(os.path.join(self.mount, name))
             self.stop()
@@ -433,6 +433,10 @@ class Daemon:
                 os.rmdir(runtime_dir(self.state))
         if problem:
             raise AssertionError(f"{problem}\nthe daemon's log ends: {read(self.log)[-2000:]}")
+
+    def vms(self):
+        """Names of the VMs: what `ls` shows."""
+        return [name for name in os.listdir(self.mount) if not name.startswith(".")]
 
     def vm(self, name):
         return os.path.join(self.mount, name)

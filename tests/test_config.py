@@ -383,7 +383,7 @@ def test_removing_settings_changes_nothing_so_that_rm_r_gets_to_its_end(daemon):
     sh('rm -r "$D"', D=vm / "config")
     wait_for(lambda: settings(vm) == {**DEFAULTS, "vcpus": "2\n"}, "the settings are there again")
     sh('rm -r "$D"', D=vm.path)
-    assert os.listdir(one.mount) == []
+    assert one.vms() == []
 
 
 @pytest.mark.deadline(200)

@@ -9,6 +9,7 @@
 #include "tree/tree.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "vm/prepare.h"
 #include "vm/vm.h"
 
 /* ID/config/: a file for each setting of the VM, and the temporary files of the tools that replace
@@ -49,7 +50,8 @@ static int config_dir_lookup(struct node *dir, const char *name, struct node **r
     const struct config_setting *setting = config_find(name);
     struct scratch *scratch = config_dir_scratch(dir, name);
     if (dir->vm->gone || (!setting && !scratch) ||
-        (setting && config_dir_is_away(dir->vm, setting)))
+        (setting && (config_dir_is_away(dir->vm, setting) ||
+                     prepare_hides(dir->vm, config_dir_slot(setting)))))
         return -ERR_NOT_FOUND;
     struct node *node =
         setting ? node_child(dir, name, &setting_ops, NULL, dir->vm) : scratch_node(dir, scratch);
@@ -87,9 +89,10 @@ static void config_dir_create(struct node *dir, const char *name, int flags, mod
     struct vm *vm = dir->vm;
     if (vm->gone)
         request_answer(rq, -ERR_GONE);
-    else if (config_find(name))
+    else if (config_find(name)) {
+        prepare_show(vm, config_dir_slot(config_find(name)));
         setting_create(dir, name, flags, rq);
-    else if (config_dir_scratch(dir, name) || config_dir_wants_scratch(name, flags))
+    } else if (config_dir_scratch(dir, name) || config_dir_wants_scratch(name, flags))
         scratch_create(dir, vm->config_scratch, name, flags, mode, rq);
     else
         request_answer(rq, vm_configure(vm, name, "", 0, NULL)); /* has words about the name */

@@ -1,6 +1,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tree/prepared.h"
 #include "tree/tree.h"
 #include "util/errors.h"
 #include "vm/vm.h"
@@ -36,11 +37,17 @@ static void root_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_nlink = 2;
 }
 
+/* The daemon's own: what VMs are made from. */
+#define ROOT_DEFAULTS ".defaults"
+#define ROOT_NEW ".new"
+
 static int root_lookup(struct node *dir, const char *name, struct node **ret_node) {
-    struct vm *vm = vm_find(dir->daemon, name);
-    if (!vm)
+    struct vm *vm =
+        strcmp(name, ROOT_DEFAULTS) == 0 ? dir->daemon->defaults : vm_find(dir->daemon, name);
+    if (!vm && strcmp(name, ROOT_NEW) != 0)
         return -ERR_NOT_FOUND;
-    struct node *node = node_child(dir, name, &vmdir_ops, NULL, vm);
+    struct node *node = vm ? node_child(dir, name, &vmdir_ops, NULL, vm)
+                           : node_child(dir, name, &new_ops, NULL, NULL);
     if (!node)
         return -ERR_NO_MEMORY;
     *ret_node = node;
@@ -49,25 +56,23 @@ static int root_lookup(struct node *dir, const char *name, struct node **ret_nod
 
 static int root_list(struct node *dir, struct node_list *list) {
     struct vm *vm;
+    int r = node_list_add(list, ROOT_DEFAULTS, S_IFDIR, node_inode(dir->daemon->defaults, 0));
+    if (r == 0)
+        r = node_list_add(list, ROOT_NEW, S_IFDIR, NEW_INODE);
     RB_FOREACH(vm, vm_index, &dir->daemon->vms) {
-        int r = node_list_add(list, vm->id, S_IFDIR, node_inode(vm, 0));
-        if (r < 0)
-            return r;
+        if (r == 0)
+            r = node_list_add(list, vm->id, S_IFDIR, node_inode(vm, 0));
     }
-    return 0;
+    return r;
 }
 
 static void root_mkdir(struct node *dir, const char *name, mode_t mode, struct request *rq) {
-    struct vm *vm;
-    struct node *node = NULL;
     (void)mode;
-    int r = vm_create(dir->daemon, name, &vm);
-    if (r == 0)
-        r = root_lookup(dir, name, &node);
-    if (r < 0)
-        request_answer(rq, r);
-    else
-        request_answer_entry(rq, node);
+    prepared_create_vm(dir, name, NULL, NULL, rq);
+}
+
+static bool root_is_own(const char *name) {
+    return strcmp(name, ROOT_DEFAULTS) == 0 || strcmp(name, ROOT_NEW) == 0;
 }
 
 struct root_removal {
@@ -96,7 +101,7 @@ static void root_removal_cancel(struct request *rq, int status, void *arg) {
 static void root_rmdir(struct node *dir, const char *name, struct request *rq) {
     struct vm *vm = vm_find(dir->daemon, name);
     if (!vm) {
-        request_answer(rq, -ERR_NOT_FOUND);
+        request_answer(rq, root_is_own(name) ? -ERR_NOT_PERMITTED : -ERR_NOT_FOUND);
         return;
     }
     node_forget_child(dir, name);

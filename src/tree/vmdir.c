@@ -4,11 +4,13 @@
 
 #include "tree/config.h"
 #include "tree/environ.h"
+#include "tree/prepared.h"
 #include "tree/run.h"
 #include "tree/scratch.h"
 #include "tree/tree.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "vm/prepare.h"
 #include "vm/vm.h"
 
 /* ID/: the files and directories of one VM, a static table. */
@@ -42,6 +44,7 @@ static const struct node_row vmdir_rows[] = {
     {"environ", S_IFREG | 0600, &environ_ops, NULL},
     {"error", S_IFREG | 0400, &text_ops, vmdir_error},
     {"exec", S_IFREG | 0600, &exec_ops, NULL},
+    {"forward", S_IFREG | 0644, &forward_ops, NULL},
     {"info", S_IFREG | 0444, &text_ops, vmdir_info},
     {"jobs", S_IFDIR | 0700, &jobs_ops, NULL},
     {"run", S_IFREG | 0755, &text_ops, run_print},
@@ -55,11 +58,25 @@ uint64_t vmdir_slot(const struct node_row *row) {
     return row ? (uint64_t)(row - vmdir_rows) + 1 : 0;
 }
 
-static const struct node_row *vmdir_row(const char *name) {
+/* What is prepared has what makes a VM, and words about it; a VM has the rest. */
+static bool vmdir_has(const struct vm *vm, const struct node_row *row) {
+    if (vm->role == VM_ORDINARY)
+        return row->ops != &forward_ops;
+    return row->ops == &config_ops || row->ops == &env_ops || row->ops == &forward_ops ||
+           row->generate == vmdir_error;
+}
+
+static const struct node_row *vmdir_row(const struct vm *vm, const char *name) {
     for (size_t i = 0; i < VMDIR_ROWS; i++)
         if (strcmp(vmdir_rows[i].name, name) == 0)
-            return &vmdir_rows[i];
+            return vmdir_has(vm, &vmdir_rows[i]) ? &vmdir_rows[i] : NULL;
     return NULL;
+}
+
+/* A copy of what is prepared is to have no `error` unless there is one. */
+static bool vmdir_lists(const struct vm *vm, const struct node_row *row) {
+    return vmdir_has(vm, row) &&
+           (vm->role == VM_ORDINARY || row->generate != vmdir_error || vm->error.len);
 }
 
 static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
@@ -69,6 +86,9 @@ static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_nlink = 2;
     ret_stat->st.st_mtim = node->vm->created;
     ret_stat->st.st_ctim = node->vm->created;
+    /* A rename that makes a VM of it leaves the kernel with the old inode under the new name. */
+    if (node->vm->role == VM_PREPARED)
+        ret_stat->entry_seconds = 0;
 }
 
 /* mv, install and tar remove the target, and then create it anew, insisting that it is not there.
@@ -81,8 +101,9 @@ static bool vmdir_environ_is_away(const struct vm *vm) {
 }
 
 static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_node) {
-    const struct node_row *row = vmdir_row(name);
-    if (dir->vm->gone || (row && row->ops == &environ_ops && vmdir_environ_is_away(dir->vm)))
+    const struct node_row *row = vmdir_row(dir->vm, name);
+    if (dir->vm->gone || (row && row->ops == &environ_ops && vmdir_environ_is_away(dir->vm)) ||
+        (row && prepare_hides(dir->vm, vmdir_slot(row))))
         return -ERR_NOT_FOUND;
     if (!row) {
         struct scratch *scratch = scratch_find(dir->vm->vm_scratch, name);
@@ -102,6 +123,8 @@ static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_no
 
 static int vmdir_list(struct node *dir, struct node_list *list) {
     for (size_t i = 0; i < VMDIR_ROWS; i++) {
+        if (!vmdir_lists(dir->vm, &vmdir_rows[i]))
+            continue;
         int r = node_list_add(list, vmdir_rows[i].name, vmdir_rows[i].mode,
                               node_inode(dir->vm, vmdir_slot(&vmdir_rows[i])));
         if (r < 0)
@@ -113,12 +136,15 @@ static int vmdir_list(struct node *dir, struct node_list *list) {
 /* Temporary files of tools that replace `environ`. */
 static void vmdir_create(struct node *dir, const char *name, int flags, mode_t mode,
                          struct request *rq) {
-    const struct node_row *row = vmdir_row(name);
+    const struct node_row *row = vmdir_row(dir->vm, name);
     if (dir->vm->gone)
         request_answer(rq, -ERR_GONE);
     else if (row && row->ops == &environ_ops)
         environ_create(dir, row, flags, rq);
-    else if (scratch_is_wanted(dir->vm, name, flags) || scratch_find(dir->vm->vm_scratch, name))
+    else if (row && row->ops == &forward_ops) {
+        prepare_show(dir->vm, vmdir_slot(row));
+        forward_create(dir, row, flags, rq);
+    } else if (scratch_is_wanted(dir->vm, name, flags) || scratch_find(dir->vm->vm_scratch, name))
         scratch_create(dir, dir->vm->vm_scratch, name, flags, mode, rq);
     else
         request_answer(rq, -ERR_NOT_PERMITTED);
@@ -126,7 +152,13 @@ static void vmdir_create(struct node *dir, const char *name, int flags, mode_t m
 
 /* Lock directories have names that no built-in one will ever have. */
 static void vmdir_mkdir(struct node *dir, const char *name, mode_t mode, struct request *rq) {
-    if (dir->vm->gone)
+    const struct node_row *row = vmdir_row(dir->vm, name);
+    struct node *node = NULL;
+    if (row && !dir->vm->gone) /* it was hidden */
+        prepare_show(dir->vm, vmdir_slot(row));
+    if (row && vmdir_lookup(dir, name, &node) == 0)
+        request_answer_entry(rq, node);
+    else if (dir->vm->gone)
         request_answer(rq, -ERR_GONE);
     else if (strchr(name, '.'))
         scratch_mkdir(dir, dir->vm->vm_scratch, name, mode, rq);
@@ -148,7 +180,7 @@ static int vmdir_copy_environ(struct node *dir, const char *new_name) {
 
 static void vmdir_rename(struct node *dir, const char *name, struct node *new_dir,
                          const char *new_name, unsigned flags, struct request *rq) {
-    const struct node_row *from = vmdir_row(name), *to = vmdir_row(new_name);
+    const struct node_row *from = vmdir_row(dir->vm, name), *to = vmdir_row(dir->vm, new_name);
     struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
     if (new_dir->ops != dir->ops || new_dir->vm != dir->vm) {
         request_answer(rq, -ERR_CROSS_DEVICE);
@@ -158,6 +190,12 @@ static void vmdir_rename(struct node *dir, const char *name, struct node *new_di
         int r = vmdir_copy_environ(dir, new_name);
         node_forget_child(dir, name);
         request_answer(rq, r);
+    } else if (to && to->ops == &forward_ops && scratch && !scratch->directory && flags == 0) {
+        forward_take(dir, to, scratch->content.data ? scratch->content.data : "",
+                     scratch->content.len, rq);
+        node_remove_child(dir, name);
+        node_forget_child(dir, new_name);
+        scratch_remove(scratch);
     } else if (from || (to && (to->ops != &environ_ops || (flags & RENAME_EXCHANGE)))) {
         request_answer(rq, -ERR_NOT_PERMITTED);
     } else if (to) {
@@ -176,7 +214,7 @@ static void vmdir_rename(struct node *dir, const char *name, struct node *new_di
  * destroys the VM. The kernel takes the inode for dead, though: the next lookup has to give a new
  * one. */
 static void vmdir_unlink(struct node *dir, const char *name, struct request *rq) {
-    const struct node_row *row = vmdir_row(name);
+    const struct node_row *row = vmdir_row(dir->vm, name);
     struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
     if (scratch) {
         scratch_unlink(dir, scratch, false, rq);
@@ -193,7 +231,7 @@ static void vmdir_unlink(struct node *dir, const char *name, struct request *rq)
 }
 
 static void vmdir_rmdir(struct node *dir, const char *name, struct request *rq) {
-    const struct node_row *row = vmdir_row(name);
+    const struct node_row *row = vmdir_row(dir->vm, name);
     struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
     if (scratch) {
         scratch_unlink(dir, scratch, true, rq);

@@ -16,6 +16,7 @@
 #include "vm/command.h"
 #include "vm/console.h"
 #include "vm/control.h"
+#include "vm/prepare.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
 
@@ -166,6 +167,7 @@ static int daemon_start_housekeeping(struct daemon *d) {
 
 int daemon_open(struct daemon *d, char **ret_why) {
     RB_INIT(&d->vms);
+    RB_INIT(&d->prepared);
     list_init(&d->ending);
     d->lock_fd = -1;
     d->uid = getuid();
@@ -180,6 +182,8 @@ int daemon_open(struct daemon *d, char **ret_why) {
         r = daemon_lock(d, ret_why);
     if (r == 0)
         r = daemon_key(d, ret_why);
+    if (r == 0 && (r = prepare_load(d)) < 0)
+        daemon_fail(ret_why, r, "cannot bring back what is prepared in", d->settings.state_dir);
     if (r == 0)
         r = daemon_each(d, "vms", daemon_load_one, ret_why);
     if (r == 0)
@@ -233,6 +237,7 @@ void daemon_close(struct daemon *d) {
         if (!vm->saving) /* else when its record has been written */
             vm_release(vm);
     }
+    prepare_release(d);
 }
 
 void daemon_free(struct daemon *d) {

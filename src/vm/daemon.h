@@ -46,7 +46,9 @@ struct daemon {
     uint64_t requests;    /* served, for `info` */
     struct timespec started;
     struct vm_index vms;
-    struct list ending; /* VMs that are being destroyed */
+    struct vm_index prepared; /* .new/ */
+    struct vm *defaults;      /* .defaults/ */
+    struct list ending;       /* VMs that are being destroyed */
 };
 
 /* Takes the state directory (one daemon each: -EBUSY with *ret_why), makes what is missing in it,

@@ -52,6 +52,10 @@ static json_t *record_make(struct vm *vm) {
         "vmm", vmm, "variables", variables);
     if (record)
         machine_save(vm, record);
+    if (record && vm->forward.len)
+        json_object_set_new(record, "forward", json_stringn(vm->forward.data, vm->forward.len));
+    if (record && vm->role == VM_DEFAULTS)
+        json_object_set_new(record, "options", config_save(&vm->daemon->settings.config));
     return record;
 }
 
@@ -181,6 +185,36 @@ static void record_configure(struct vm *vm, const json_t *saved) {
                 why ? why : error_text(r));
 }
 
+/* The defaults are the mount's options, but for what was written over them: where the record says
+ * what the options were, those of today take their place. */
+static void record_follow_options(struct vm *vm, const json_t *options) {
+    struct vm_config before;
+    cleanup_free char *why = NULL;
+    if (config_init(&before) < 0)
+        return;
+    config_load(&before, options, &why);
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
+        const struct config_setting *setting = &config_settings[i];
+        cleanup_buf struct buf was = {0}, is = {0}, now = {0};
+        cleanup_free char *whynot = NULL;
+        config_print(&before, setting, &was);
+        config_print(&vm->config, setting, &is);
+        config_print(&vm->daemon->settings.config, setting, &now);
+        if (was.len == is.len && (!was.len || memcmp(was.data, is.data, was.len) == 0))
+            config_set(&vm->config, setting->name, now.data ? now.data : "", now.len, &whynot);
+    }
+    config_free(&before);
+}
+
+static void record_take_prepared(struct vm *vm, const json_t *record) {
+    const json_t *forward = json_object_get(record, "forward");
+    const json_t *options = json_object_get(record, "options");
+    if (json_is_string(forward))
+        buf_append(&vm->forward, json_string_value(forward), json_string_length(forward));
+    if (options)
+        record_follow_options(vm, options);
+}
+
 /* Takes over the VMM that runs for this VM, if it does. */
 static void record_adopt(struct vm *vm, const json_t *record) {
     const struct vmm_ops *ops;
@@ -247,6 +281,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
     vm->boot_again = state == VM_BOOTING && !json_object_get(record, "vmm");
     record_configure(vm, json_object_get(record, "config"));
+    record_take_prepared(vm, record);
     machine_load(vm, record);
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));

@@ -93,13 +93,14 @@ void registry_add(struct daemon *d, struct vm *vm) {
 static bool vm_id_is_ending(const struct daemon *d, const char *id) {
     for (const struct list *l = d->ending.next; l != &d->ending; l = l->next) {
         const struct vm *vm = LIST_OWNER(l, struct vm, ending);
-        if ((vm->boot || vm->saving) && strcmp(vm->id, id) == 0)
+        if (vm->role == VM_ORDINARY && (vm->boot || vm->saving) && strcmp(vm->id, id) == 0)
             return true;
     }
     return false;
 }
 
-int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
+int vm_create(struct daemon *d, const char *id, int (*fill)(struct vm *vm, void *arg), void *arg,
+              struct vm **ret_vm) {
     cleanup_free char *dir = NULL;
     if (!vm_id_is_valid(id))
         return -ERR_INVALID;
@@ -120,7 +121,9 @@ int vm_create(struct daemon *d, const char *id, struct vm **ret_vm) {
     }
     registry_add(d, vm);
     vm->state = VM_BOOTING;
-    int r = record_begin(vm);
+    int r = fill(vm, arg);
+    if (r == 0)
+        r = record_begin(vm);
     if (r == 0)
         r = vm_boot(vm);
     if (r < 0) {

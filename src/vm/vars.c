@@ -393,6 +393,33 @@ int vars_load(struct vars *vars, const json_t *saved, bool owned) {
     return r;
 }
 
+int vars_preset(struct vars *vars, const char *name, const char *bytes, size_t length) {
+    const struct var *var = vars_find(vars, name);
+    size_t was = var && var->set ? strlen(name) + var->length : 0;
+    if (vars->vm->guest->name_is_reserved(name))
+        return vars_refuse_reserved(vars->vm, name);
+    if (strlen(name) + var_value_length(bytes, length) > VAR_LIMIT)
+        return -ERR_TOO_LARGE;
+    if (vars->total - was + strlen(name) + length > VARS_LIMIT)
+        return -ERR_NO_ROOM;
+    int r = vars_set(vars, name, bytes, length);
+    if (r == 0) {
+        vars->owned = true;
+        vars_project(vars);
+    }
+    return r;
+}
+
+int vars_copy(struct vars *vars, struct vars *from) {
+    struct var *var;
+    int r = 0;
+    RB_FOREACH(var, var_index, &from->index) {
+        if (var->set && r == 0)
+            r = vars_preset(vars, var->name, var->bytes, var->length);
+    }
+    return r;
+}
+
 void vars_describe(const struct vars *vars, json_t *info) {
     json_object_set_new(info, "variables", json_integer((json_int_t)vars_count(vars)));
     json_object_set_new(info, "env_commits", json_integer((json_int_t)vars->commits));

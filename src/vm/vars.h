@@ -97,6 +97,11 @@ size_t var_value_length(const char *bytes, size_t length);
 /* Says that the guest's shells keep this name for themselves. */
 int vars_refuse_reserved(struct vm *vm, const char *name);
 
+/* For a VM that is not anywhere yet: sets a variable, or all that `from` has. -ERR_INVALID,
+ * -ERR_TOO_LARGE, -ERR_NO_ROOM. */
+int vars_preset(struct vars *vars, const char *name, const char *bytes, size_t length);
+int vars_copy(struct vars *vars, struct vars *from);
+
 /* The bytes of a variable as they will be when everything is done that has been asked for. False:
  * it will not be set. */
 bool vars_newest(struct vars *vars, const char *name, struct buf *out);

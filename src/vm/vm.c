@@ -69,6 +69,7 @@ void vm_unref(struct vm *vm) {
         return;
     vars_free(vm->vars);
     buf_free(&vm->error);
+    buf_free(&vm->forward);
     buf_free(&vm->host_key);
     buf_free(&vm->trouble);
     free(vm->id);

@@ -45,8 +45,16 @@ void vm_wait_cancel(struct vm_wait *wait);
 /* Answers all who are in the list. */
 void vm_wait_wake(struct list *waits, int status);
 
+/* What is kept like a VM. */
+enum vm_role {
+    VM_ORDINARY,
+    VM_PREPARED, /* .new/NAME, see vm/prepare.h */
+    VM_DEFAULTS, /* .defaults */
+};
+
 struct vm {
     struct daemon *daemon;
+    enum vm_role role;
     RB_ENTRY(vm) by_id;
     char *id;
     uint64_t number; /* unique in the state directory: the base of inode numbers */
@@ -62,6 +70,9 @@ struct vm {
     struct timespec error_time;
 
     char *dir;               /* its folder in the state directory */
+    pid_t copier;            /* who fills what is prepared (vm/prepare.h); 0: nobody */
+    uint64_t shown;          /* bits of what he has made */
+    struct buf forward;      /* of what is prepared: which variables of the caller a VM gets */
     struct vm_config config; /* vm_configure() changes it */
     struct vm_config_file {
         struct timespec changed;
@@ -111,8 +122,10 @@ RB_PROTOTYPE(vm_index, vm, by_id, vm_compare)
 struct vm *vm_find(struct daemon *d, const char *id);
 
 /* Reserves the id, records the VM on disk and starts the boot; returns before anything of that is
- * done but the first. -ERR_INVALID, -ERR_EXISTS, -ERR_NO_ROOM, … */
-int vm_create(struct daemon *d, const char *id, struct vm **ret_vm);
+ * done but the first. `fill` gives it its settings and variables before. -ERR_INVALID, -ERR_EXISTS,
+ * -ERR_NO_ROOM, … */
+int vm_create(struct daemon *d, const char *id, int (*fill)(struct vm *vm, void *arg), void *arg,
+              struct vm **ret_vm);
 
 /* Removes the VM from the tree at once, ends its VMM, deletes its files; `wait` (may be NULL) is
  * told when nothing is left. Works in every state and never fails. */
