@@ -468,6 +468,11 @@ void commands_stop(struct commands *commands, int status, const char *why) {
     }
 }
 
+void commands_hold(struct commands *commands, bool hold) {
+    if (commands->pool)
+        ssh_pool_hold(commands->pool, hold);
+}
+
 void commands_kill_all(struct commands *commands) {
     for (struct list *l = commands->shells.next; l != &commands->shells; l = l->next) {
         struct command_shell *shell = LIST_OWNER(l, struct command_shell, link);

@@ -243,7 +243,9 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     note = NULL;
     vm->attached = json_is_true(json_object_get(record, "attached"));
     vm->boot_started = uv_now(vm->daemon->loop);
-    vm->state = vm->attached ? VM_UNREACHABLE : VM_BOOTING;
+    const char *state = record_text(record, "state");
+    bool paused = state && strcmp(state, vm_state_name(VM_PAUSED)) == 0 && ops->pause;
+    vm->state = paused ? VM_PAUSED : vm->attached ? VM_UNREACHABLE : VM_BOOTING;
     if (vm->state == VM_BOOTING) {
         vars_assume_injected(vm->vars);
         vm_watch_boot(vm);
