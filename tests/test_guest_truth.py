@@ -139,6 +139,16 @@ def test_a_guest_that_appends_and_a_host_that_sets_at_once(clear):
     assert len(there) >= 10, f"lines of the guest are lost: {sorted(there)}"
 
 
+def test_what_a_killed_shell_has_left_is_no_part_of_the_file(clear):
+    write(clear.env("OURS"), "1\n")
+    clear.ssh(f"{{ cat {ENV_FILE}; head -c 5000 /dev/zero | tr '\\0' x; }} > {ENV_FILE}.tmp")
+    write(clear.env("OURS"), "2\n")
+    assert guest_keys(clear) == ["OURS"]
+    assert clear.value("OURS") == b"2"
+    assert b"xxx" not in guest_file(clear)
+    assert clear.ssh(f"stat -c %a {ENV_FILE}; ls {ENV_FILE}.tmp /run/vmsfs* 2>/dev/null; :") == b"644\n"
+
+
 def test_what_is_no_export_is_kept(clear):
     text = "# a comment of mine\numask 027\nif [ -t 0 ]; then\n    export INSIDE=x\nfi\nalias ll='ls -l'\nexport PATH=\"$PATH:/opt/x\"\n"
     clear.ssh(f"printf %s {shlex.quote(text)} > {ENV_FILE}; echo 'export MINE=1' >> {ENV_FILE}")
