@@ -1,6 +1,7 @@
 #include "fuse/options.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <fuse_opt.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -211,7 +212,23 @@ static bool options_take_environment(struct raw_options *raw) {
     return option_say_why("VMSFS_BACKEND", why);
 }
 
+/* An empty path would be the current directory, an empty name nothing that can be looked for. */
+static bool texts_are_given(const struct raw_options *raw) {
+    const struct {
+        const char *name, *text;
+    } texts[] = {{"state", raw->state}, {"images", raw->images}};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        if (texts[i].text && !texts[i].text[0]) {
+            fprintf(stderr, "vmsfs: -o %s= is empty: give it a value, or leave it out\n",
+                    texts[i].name);
+            return false;
+        }
+    return true;
+}
+
 static bool options_take(struct raw_options *raw, struct settings *s) {
+    if (!texts_are_given(raw))
+        return false;
     s->config = raw->config;
     raw->config = (struct vm_config){0};
     s->state_dir = raw->state ? absolute_path(raw->state) : default_state_dir();
@@ -305,8 +322,6 @@ void options_free_arguments(struct options *options) {
 static bool check_mountpoint(const char *path) {
     struct stat st;
     struct statfs fs;
-    if (strncmp(path, "/dev/fd/", 8) == 0)
-        return true;
     /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its
      * daemon lives. */
     if (stat(path, &st) == 0 && statfs(path, &fs) == 0) {
@@ -327,18 +342,33 @@ static bool check_mountpoint(const char *path) {
     return false;
 }
 
+/* libfuse, or fusermount3 with the rights of its caller, will open it. */
+static bool check_device(void) {
+    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+    if (fd >= 0) {
+        close(fd);
+        return true;
+    }
+    if (errno == ENOENT || errno == ENODEV || errno == ENXIO)
+        fprintf(stderr,
+                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
+    else
+        fprintf(stderr,
+                "vmsfs: /dev/fuse cannot be opened: %s: let everybody, as Debian does, with chmod "
+                "666 /dev/fuse; a container has to be given the device\n",
+                strerror(errno));
+    return false;
+}
+
 bool options_check(const struct options *options, char **ret_backend) {
     const struct vm_config *config = &options->settings.config;
     const struct vmm_ops *backend;
     struct image image;
     cleanup_free char *why = NULL;
-    if (!check_mountpoint(options->settings.mountpoint))
+    /* What mount(8) has opened and mounted already is neither looked for nor opened. */
+    if (strncmp(options->settings.mountpoint, "/dev/fd/", 8) != 0 &&
+        (!check_mountpoint(options->settings.mountpoint) || !check_device()))
         return false;
-    if (access("/dev/fuse", F_OK) < 0) {
-        fprintf(stderr,
-                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
-        return false;
-    }
     if (vmm_find(config->backend, &backend, &why) < 0)
         return option_say_why("-o backend", why);
     *ret_backend = why;
