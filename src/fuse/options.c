@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_opt.h>
+#include <mntent.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,6 +14,7 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "util/fs.h"
 #include "util/number.h"
 #include "vm/image.h"
 #include "vm/spool.h"
@@ -319,6 +321,30 @@ void options_free_arguments(struct options *options) {
     fuse_opt_free_args(&args);
 }
 
+/* Clears away what a daemon of ours that was killed has left mounted there. Its state directory
+ * says whether it still lives, not its mount. */
+static bool clear_dead_mount(const char *path) {
+    const char *const unmount[] = {"fusermount3", "-uz", path, NULL};
+    size_t length = strlen(path);
+    bool ours = false;
+    while (length > 1 && path[length - 1] == '/')
+        length--;
+    struct mntent *entry;
+    FILE *mounts = setmntent("/proc/self/mounts", "r");
+    if (!mounts)
+        return false;
+    while ((entry = getmntent(mounts)))
+        if (strlen(entry->mnt_dir) == length &&
+            memcmp(entry->mnt_dir, path, length) == 0) /* the last one is on top */
+            ours = strcmp(entry->mnt_type, "fuse.vmsfs") == 0;
+    endmntent(mounts);
+    if (!ours || fs_run(unmount) < 0)
+        return false;
+    fprintf(stderr, "vmsfs: %s was still the mount of a daemon that has died: cleared away\n",
+            path);
+    return true;
+}
+
 static bool check_mountpoint(const char *path) {
     struct stat st;
     struct statfs fs;
@@ -329,6 +355,8 @@ static bool check_mountpoint(const char *path) {
             return true;
         errno = ENOTDIR;
     }
+    if (errno == ENOTCONN && clear_dead_mount(path))
+        return check_mountpoint(path);
     if (errno == ENOTCONN)
         fprintf(stderr,
                 "vmsfs: %s is the mount of a daemon that has died: clear it away with "

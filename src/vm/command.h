@@ -63,6 +63,7 @@ void commands_start(struct commands *commands);
 void commands_stop(struct commands *commands, int status, const char *why);
 void commands_free(struct commands *commands);
 void commands_kill_all(struct commands *commands);
+bool commands_are_running(const struct commands *commands);
 /* The guest is paused, or goes on. */
 void commands_hold(struct commands *commands, bool hold);
 

@@ -130,10 +130,6 @@ void vm_unsettle(struct vm *vm, int status) {
     }
 }
 
-void vm_use(struct vm *vm) {
-    vm->used = uv_now(vm->daemon->loop);
-}
-
 /* A VMM that stands still looks as one that does not, to a later daemon: who asked for it is told
  * when the record says so. */
 void vm_settle_saved(struct vm_wait *wait, int status) {
@@ -476,7 +472,7 @@ static int vm_start(struct vm *vm) {
     return vm_boot(vm);
 }
 
-static int vm_stop(struct vm *vm) {
+int vm_stop(struct vm *vm) {
     if (!vm->vmm) { /* being prepared, or failed */
         uv_timer_stop(vm->timer);
         vm_set_state(vm, vm->boot ? VM_STOPPING : VM_STOPPED); /* until it can be started again */

@@ -115,8 +115,10 @@ struct vm {
     struct vm_wait pause_saved;
     struct timespec running_since; /* 0: it does not run */
     uint64_t used;                 /* uv_now() when a variable or a command was last asked for */
-    bool ephemeral;                /* it ends with the mount that made it */
-    bool destroying;               /* rmdir has begun */
+    pid_t remover;                 /* see vm_guards() */
+    uint64_t remover_since;
+    bool ephemeral;  /* it ends with the mount that made it */
+    bool destroying; /* rmdir has begun */
     bool attached;   /* the guest of this boot has been heard: its file is the truth */
     bool announcing; /* running as soon as the record says that it is attached */
     bool saving, save_again;
@@ -193,6 +195,7 @@ void vm_save_for(struct vm *vm, struct vm_wait *wait);
 /* A VM that is nowhere yet, with one reference. `dir` is its folder. */
 struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir);
 int vm_boot(struct vm *vm);
+int vm_stop(struct vm *vm);
 /* Starts the deadline of a boot. */
 void vm_watch_boot(struct vm *vm);
 void vm_set_state(struct vm *vm, enum vm_state state);
@@ -200,6 +203,14 @@ void vm_set_state(struct vm *vm, enum vm_state state);
 void vm_settle_saved(struct vm_wait *wait, int status);
 /* What was asked for will not be: who waits for another state than this one is told so. */
 void vm_unsettle(struct vm *vm, int status);
+/* Is it to be refused, because the VM is protected? `whole`: what is to be removed goes with the VM
+ * only. Who has tried that is `rm -r` or its like, and from then on may remove nothing of the VM.
+ */
+bool vm_guards(struct vm *vm, pid_t pid, bool whole);
+
+/* Stops it if its time is over. */
+void vm_check_life(struct vm *vm);
+
 /* Somebody has asked for a variable or a command. */
 void vm_use(struct vm *vm);
 /* The record is written: the VM runs. */
