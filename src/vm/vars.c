@@ -80,6 +80,10 @@ const struct timespec *vars_written(const struct vars *vars) {
     return &vars->written;
 }
 
+uint64_t vars_generation(const struct vars *vars) {
+    return vars->generation;
+}
+
 struct var *vars_find(struct vars *vars, const char *name) {
     struct var key = {.name = (char *)(uintptr_t)name};
     return RB_FIND(var_index, &vars->index, &key);
@@ -125,10 +129,8 @@ struct var *vars_create(struct vars *vars, const char *name) {
 
 void vars_move(struct vars *vars, const char *name, const char *new_name) {
     struct var *from = vars_find(vars, name), *to = vars_find(vars, new_name);
-    if (to) {
+    if (to)
         to->creating = from ? from->creating : 0;
-        to->truncated = from ? from->truncated : 0;
-    }
     vars_abandon(vars, name);
 }
 
@@ -172,7 +174,8 @@ int vars_set(struct vars *vars, const char *name, const char *bytes, size_t leng
     vars->total += strlen(name) + length;
     clock_gettime(CLOCK_REALTIME, &var->changed);
     vars->written = var->changed;
-    vars->generation++;
+    var->generation = ++vars->generation;
+    var->truncated = 0; /* what was truncated before has been written since */
     return 0;
 }
 
@@ -186,8 +189,13 @@ void vars_unset(struct vars *vars, const char *name) {
     var->length = 0;
     var->set = false;
     clock_gettime(CLOCK_REALTIME, &vars->written);
-    vars->generation++;
+    var->generation = ++vars->generation;
     vars_drop_unused(vars, var);
+}
+
+bool var_fits(const char *name, size_t length, bool newline) {
+    /* One more byte may be the newline that is not part of the value. */
+    return strlen(name) + length <= VAR_LIMIT + (size_t)newline;
 }
 
 size_t var_value_length(const char *bytes, size_t length) {
