@@ -79,11 +79,62 @@ def test_env_shows_exactly_the_variables_after_it(clear):
         assert {l for l in after if l not in before and not l.startswith(b"_=")} == {b"A=1", b"B=two words"}
 
 
-def test_a_file_of_the_same_lines_reads_back_as_it_was_written(clear):
-    set_all(clear, {"A": b"1"})
-    assert read(environ(clear)) == "set -a\nA='1'\nset +a\n"
-    write(environ(clear), "A='1'\nB='2'\n")
-    assert read(environ(clear)) == "A='1'\nB='2'\n"
+WRITTEN = {
+    "as it prints": "set -a\nA='1'\nB='it'\\''s'\nset +a\n",
+    "lines with export": "export A='1'\nexport B='it'\\''s'\n",
+    "lines without": "A='1'\nB='it'\\''s'\n",
+    "unsorted": "export B='it'\\''s'\nexport A='1'\n",
+    "quoted otherwise": "export A=1\nexport B=\"it's\"\n",
+    "some with export": "export A='1'\nB='it'\\''s'\n",
+    "with a comment": "# mine\nexport A='1'\nexport B='it'\\''s'\n",
+    "no newline": "export A='1'\nexport B='it'\\''s'",
+}
+
+
+@pytest.mark.parametrize("how", ["cp", "line by line", "rename"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_whatever_was_written_a_shell_that_sources_it_exports_it(clear, tmp_path, name, how):
+    text = WRITTEN[name]
+    (tmp_path / "new").write_text(text)
+    if how == "cp":
+        sh(f"cp '{tmp_path}/new' '{environ(clear)}'")
+    elif how == "rename":
+        sh(f"cp '{tmp_path}/new' '{environ(clear)}~'; mv '{environ(clear)}~' '{environ(clear)}'")
+    else:
+        sh(f"while IFS= read -r l || [ \"$l\" ]; do printf '%s\\n' \"$l\"; done < '{tmp_path}/new' > '{environ(clear)}'")
+    as_written = name in ("as it prints", "lines with export") or (name == "no newline" and how == "line by line")
+    assert read(environ(clear)) == (WRITTEN["lines with export"] if as_written and "as it" not in name else WRITTEN["as it prints"])
+    for shell in ("/bin/dash", "/bin/bash"):
+        done = subprocess.run(["env", "-i", shell, "-c", f". '{environ(clear)}'; exec /usr/bin/env -0"],
+                              capture_output=True, timeout=30, check=True)
+        assert variables(done.stdout) == {"A": b"1", "B": b"it's"}
+
+
+def test_lines_with_export_stay_so_until_other_text_is_written(daemon):
+    one = daemon()
+    vm = one.boot("a")
+    text = "export A='1'\nexport B='2'\n"
+    write(environ(vm), text)
+    assert read(environ(vm)) == text
+    assert os.stat(environ(vm)).st_size == len(text)
+    write(vm.env("A"), "3\n")
+    os.unlink(vm.env("B"))
+    sh(f"echo C=4 >> '{environ(vm)}'")
+    text = "export A='3'\nexport C='4'\n"
+    assert read(environ(vm)) == text
+    wait_for(lambda: '"environ_style": "export"' in read(f"{one.state}/vms/a/vm.json"), "the record")
+    one.kill()
+    one.start()
+    vm.wait("running", 30)
+    assert read(environ(vm)) == text
+    write(environ(vm), "A='3'\nC='4'\n")
+    assert read(environ(vm)) == "set -a\nA='3'\nC='4'\nset +a\n"
+    write(environ(vm), text)
+    assert read(environ(vm)) == text
+    sh(f": > '{environ(vm)}'")
+    wait_for(lambda: keys(vm) == [], "no variable is left")
+    write(vm.env("A"), "1\n")
+    assert read(environ(vm)) == "set -a\nA='1'\nset +a\n"
 
 
 @pytest.mark.parametrize("shell", ["zsh", "ksh"])
@@ -108,7 +159,7 @@ def test_it_reads_the_newest_and_keeps_the_moment_of_the_open(clear):
     fd = os.open(environ(clear), os.O_RDONLY)
     try:
         write(clear.env("A"), "2")
-        assert os.pread(fd, 100, 0) == b"A='1'\n"
+        assert os.pread(fd, 100, 0) == b"set -a\nA='1'\nset +a\n"
         assert plain_text(environ(clear)) == "A='2'\n"
     finally:
         os.close(fd)

@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "guest/dotenv.h"
 #include "tree/env.h"
 #include "tree/text.h"
 #include "tree/tree.h"
@@ -51,132 +50,6 @@ struct environ_handle {
         struct buf before; /* the content before that WRITE */
     } commit;
 };
-
-/* What a text says. */
-struct environ_changes {
-    struct var_change *changes;
-    size_t count, cap;
-};
-
-static void environ_change_free(struct var_change *change) {
-    free((char *)(uintptr_t)change->name);
-    explicit_bzero((char *)(uintptr_t)change->bytes, change->length);
-    free((char *)(uintptr_t)change->bytes);
-    *change = (struct var_change){0};
-}
-
-static void environ_changes_free(struct environ_changes *all) {
-    for (size_t i = 0; i < all->count; i++)
-        environ_change_free(&all->changes[i]);
-    free(all->changes);
-}
-
-/* The bytes of a variable that is set here read as any that a shell has written: with a newline. */
-static int environ_add(void *arg, const struct env_var *var) {
-    struct environ_changes *all = arg;
-    if (all->count == all->cap) {
-        size_t cap = all->cap ? all->cap * 2 : 32;
-        struct var_change *changes = realloc(all->changes, cap * sizeof *changes);
-        if (!changes)
-            return -ERR_NO_MEMORY;
-        all->changes = changes;
-        all->cap = cap;
-    }
-    char *name = strndup(var->name, var->name_length), *bytes = malloc(var->length + 1);
-    if (!name || !bytes) {
-        free(name);
-        free(bytes);
-        return -ERR_NO_MEMORY;
-    }
-    if (var->length)
-        memcpy(bytes, var->value, var->length);
-    bytes[var->length] = '\n';
-    all->changes[all->count++] =
-        (struct var_change){.name = name, .bytes = bytes, .length = var->length + 1};
-    return 0;
-}
-
-/* By name, and of one name in the order of the text: the pointers are into one array. */
-static int environ_order(const void *a, const void *b) {
-    struct var_change *const *x = a, *const *y = b;
-    int order = strcmp((*x)->name, (*y)->name);
-    return order ? order : *x < *y ? -1 : 1;
-}
-
-/* Of a name that comes twice the later counts. */
-static int environ_keep_last(struct environ_changes *all) {
-    cleanup_free struct var_change **sorted = calloc(all->count + 1, sizeof *sorted);
-    if (!sorted)
-        return -ERR_NO_MEMORY;
-    for (size_t i = 0; i < all->count; i++)
-        sorted[i] = &all->changes[i];
-    qsort(sorted, all->count, sizeof *sorted, environ_order);
-    for (size_t i = 1; i < all->count; i++)
-        if (strcmp(sorted[i - 1]->name, sorted[i]->name) == 0)
-            environ_change_free(sorted[i - 1]);
-    size_t kept = 0;
-    for (size_t i = 0; i < all->count; i++)
-        if (all->changes[i].name)
-            all->changes[kept++] = all->changes[i];
-    all->count = kept;
-    return 0;
-}
-
-/* What no variable can be. */
-static int environ_check(struct vm *vm, const struct environ_changes *all) {
-    for (size_t i = 0; i < all->count; i++) {
-        const struct var_change *c = &all->changes[i];
-        const struct var *var = vars_find(vm->vars, c->name);
-        if (vm->guest->name_is_reserved(c->name) && !(var && var->set))
-            return vars_refuse_reserved(vm, c->name);
-        if (!var_fits(c->name, c->length, true))
-            return vars_refuse_length(vm, c->name);
-    }
-    return 0;
-}
-
-static int environ_parse(struct vm *vm, const char *text, size_t length, bool more_may_come,
-                         struct environ_changes *ret_all, bool *ret_cut) {
-    struct dotenv_error error = {0};
-    *ret_cut = false;
-    int r = dotenv_parse(text, length, environ_add, ret_all, &error);
-    if (r == 0)
-        r = environ_keep_last(ret_all);
-    if (r == 0)
-        return environ_check(vm, ret_all);
-    if (r != -ERR_INVALID)
-        return r;
-    if (more_may_come && (error.incomplete || error.in_name)) {
-        *ret_cut = true;
-        return 0;
-    }
-    return vm_fail(vm, r, "environ, line %u: %s; nothing has been changed", error.line, error.text);
-}
-
-static int environ_print_one(void *arg, const char *name, const char *bytes, size_t length) {
-    struct env_var var = {name, strlen(name), bytes, var_value_length(bytes, length)};
-    dotenv_format(arg, &var, 1);
-    return 0;
-}
-
-int environ_print(struct vm *vm, struct buf *out) {
-    bool wrapped = !vm->environ_plain && !RB_EMPTY(vars_index(vm->vars));
-    if (wrapped)
-        buf_append_str(out, DOTENV_BEGIN);
-    vars_each(vm->vars, environ_print_one, out);
-    if (wrapped)
-        buf_append_str(out, DOTENV_END);
-    return out->failed ? -ERR_NO_MEMORY : 0;
-}
-
-/* Everything has been replaced by this text. If that is what would be printed, but for the lines
- * around it, they are left out from now on: who compares it with his own finds no difference. */
-static void environ_note_style(struct vm *vm, const struct buf *text) {
-    cleanup_buf struct buf plain = {0};
-    vars_each(vm->vars, environ_print_one, &plain);
-    vm->environ_plain = plain.len > 0 && !plain.failed && plain.len == text->len &&
-                        memcmp(plain.data, text->data, plain.len) == 0;
-}
 
 static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     cleanup_buf struct buf text = {0};
@@ -599,6 +472,12 @@ static void environ_release(struct handle *handle) {
     environ_parting_step(&parting->wait, 0);
 }
 
+static void environ_emptied(void *arg, int status, struct request *rq) {
+    if (status == 0)
+        environ_note_style(arg, &(struct buf){0});
+    request_answer(rq, status);
+}
+
 static void environ_setattr(struct node *node, struct handle *handle, const struct stat *want,
                             unsigned mask, struct request *rq) {
     struct environ_handle *h =
@@ -615,7 +494,7 @@ static void environ_setattr(struct node *node, struct handle *handle, const stru
         }
         request_answer_attr(rq, node);
     } else if (!h && want->st_size == 0) {
-        environ_commit(node, &none, false, env_answer_plain, NULL, rq);
+        environ_commit(node, &none, false, environ_emptied, node->vm, rq);
     } else {
         request_answer(rq, want->st_size > ENVIRON_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID);
     }

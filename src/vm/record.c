@@ -52,6 +52,8 @@ static json_t *record_make(struct vm *vm) {
         "vmm", vmm, "variables", variables);
     if (record)
         machine_save(vm, record);
+    if (record && vm->environ_style == ENVIRON_EXPORT)
+        json_object_set_new(record, "environ_style", json_string("export"));
     return record;
 }
 
@@ -256,6 +258,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
         vm_fail(vm, r, "%s: some variables in %s cannot be read and are left out%s%s", vm->id, path,
                 kept ? "; it is kept as " : "", kept ? aside : "");
     }
+    const char *style = record_text(record, "environ_style");
+    vm->environ_style = style && strcmp(style, "export") == 0 ? ENVIRON_EXPORT : ENVIRON_SET_A;
     jobs_load(vm->jobs, vm);
     record_adopt(vm, record);
     json_decref(record);

@@ -45,6 +45,12 @@ void vm_wait_cancel(struct vm_wait *wait);
 /* Answers all who are in the list. */
 void vm_wait_wake(struct list *waits, int status);
 
+/* How `environ` is printed (tree/environ.h). */
+enum environ_style {
+    ENVIRON_SET_A,
+    ENVIRON_EXPORT,
+};
+
 struct vm {
     struct daemon *daemon;
     RB_ENTRY(vm) by_id;
@@ -81,10 +87,10 @@ struct vm {
     struct guest_facts facts; /* known once the guest has been reached */
     struct vmm *vmm;          /* NULL when nothing runs */
     struct vars *vars;
-    bool environ_plain;       /* `environ` is printed without the lines that make a shell export */
-    uint64_t environ_removed; /* uv_now() when `environ` was last unlinked; 0: it is there */
-    struct scratches *env_scratch;    /* temporary files beside the variables */
-    struct scratches *vm_scratch;     /* and beside `environ` */
+    enum environ_style environ_style;
+    uint64_t environ_removed;      /* uv_now() when `environ` was last unlinked; 0: it is there */
+    struct scratches *env_scratch; /* temporary files beside the variables */
+    struct scratches *vm_scratch;  /* and beside `environ` */
     struct scratches *config_scratch; /* and beside the settings */
     struct control *control;          /* resident shell */
     struct commands *commands;        /* runs commands in the guest */
