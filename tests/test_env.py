@@ -397,6 +397,51 @@ def test_chmod_chown_and_utimes_are_accepted_and_remembered(vm):
     assert read(path) == "v\n"
 
 
+@pytest.mark.deadline(200)
+def test_metadata_outlive_the_daemon(daemon):
+    one = daemon()
+    vm = one.boot("a")
+    for name in ("PLAIN", "CHANGED", "MOVED"):
+        write(vm.env(name), name)
+    fd = os.open(vm.env("tmpfile01"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(fd, b"MOVED")
+    os.close(fd)
+    os.rename(vm.env("tmpfile01"), vm.env("MOVED"))
+    paths = [vm.env("CHANGED"), vm / "environ", vm / "env"]
+    for number, path in enumerate(paths):
+        os.chmod(path, 0o750 if path == vm / "env" else 0o640)
+        os.chown(path, 12, 34)
+        os.utime(path, ns=(1_000_000_000_000_000_001, 1_100_000_000_000_000_002 + number))
+        at = os.stat(path)
+        assert at.st_mtime_ns == 1_100_000_000_000_000_002 + number
+        assert (at.st_mode & 0o7777, at.st_uid, at.st_gid) == (0o750 if path == vm / "env" else 0o640, 12, 34)
+    paths += [vm.env("PLAIN"), vm.env("MOVED")]
+
+    def look():
+        stats = [os.stat(path) for path in paths]
+        return [(at.st_mode, at.st_uid, at.st_gid, at.st_mtime_ns, at.st_ino) for at in stats]
+
+    before = look()
+    for end in (one.stop, one.kill):
+        if end == one.kill:  # what is recorded within a moment
+            wait_for(lambda: f"{before[3][3] // 10**9}." in read(f"{one.state}/vms/a/vm.json"), "the record")
+        end()
+        one.start()
+        vm.wait("running", 30)
+        assert look() == before
+    # And a file that is new gets a number of its own, be it a variable's or a temporary one's.
+    write(vm.env("NEW"), "x")
+    write(vm.env("tmp~"), "x")
+    os.rename(vm.env("tmp~"), vm.env("NEWER"))
+    numbers = [entry.inode() for entry in os.scandir(vm / "env")]
+    assert len(set(numbers)) == len(numbers) == 5
+    # A change is a new moment.
+    for path, time_ns in zip(paths[:3], (at[3] for at in before)):
+        os.unlink(vm.env("NEW")) if path == vm / "env" else write(vm.env("CHANGED"), "again")
+        assert os.stat(path).st_mtime_ns > time_ns
+    assert os.stat(vm / "env").st_mode & 0o7777 == 0o750
+
+
 def test_cp_a_into_env_and_out_again(vm, tmp_path):
     (tmp_path / "in").write_text("kept\n")
     os.utime(tmp_path / "in", (1_000_000_000, 1_000_000_000))

@@ -122,7 +122,7 @@ def test_lines_with_export_stay_so_until_other_text_is_written(daemon):
     sh(f"echo C=4 >> '{environ(vm)}'")
     text = "export A='3'\nexport C='4'\n"
     assert read(environ(vm)) == text
-    wait_for(lambda: '"environ_style": "export"' in read(f"{one.state}/vms/a/vm.json"), "the record")
+    wait_for(lambda: '"style": "export"' in read(f"{one.state}/vms/a/vm.json"), "the record")
     one.kill()
     one.start()
     vm.wait("running", 30)

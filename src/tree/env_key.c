@@ -27,12 +27,8 @@ static void env_key_stat(const struct node *node, struct node_stat *ret_stat) {
         return;
     }
     ret_stat->st.st_ino = node_inode(node->vm, var->number);
-    ret_stat->st.st_mode = S_IFREG | var->mode;
-    ret_stat->st.st_uid = var->uid;
-    ret_stat->st.st_gid = var->gid;
+    node_show_look(&var->look, &ret_stat->st);
     ret_stat->st.st_size = var->truncated ? 0 : (off_t)var->length;
-    ret_stat->st.st_mtim = ret_stat->st.st_ctim = var->changed;
-    ret_stat->st.st_atim = var->read;
 }
 
 static void env_handle_load(struct env_handle *h) {
@@ -489,16 +485,8 @@ static void env_key_setattr(struct node *node, struct handle *handle, const stru
         request_answer(rq, -ERR_STALE);
         return;
     }
-    if (mask & NODE_SET_MODE)
-        var->mode = want->st_mode & 07777;
-    if (mask & NODE_SET_UID)
-        var->uid = want->st_uid;
-    if (mask & NODE_SET_GID)
-        var->gid = want->st_gid;
-    if (mask & NODE_SET_ATIME)
-        var->read = want->st_atim;
-    if (mask & NODE_SET_MTIME)
-        var->changed = want->st_mtim;
+    node_set_look(&var->look, want, mask);
+    vm_save_soon(node->vm);
     if (mask & NODE_SET_SIZE)
         env_key_set_size(node,
                          handle && handle->ops == &env_key_ops ? (struct env_handle *)handle : NULL,

@@ -60,6 +60,7 @@ static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = (off_t)text.len;
+    node_show_look(&node->vm->environ_look, &ret_stat->st);
     ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_written(node->vm->vars);
 }
 
@@ -86,8 +87,12 @@ struct environ_rename {
 
 static void environ_rename_answer(void *arg, int status, struct request *rq) {
     struct environ_rename *r = arg;
-    if (status == 0)
+    if (status == 0) {
         environ_note_style(r->dir->vm, &r->scratch->content);
+        r->dir->vm->environ_look = r->scratch->look;
+        vars_set_written(r->dir->vm->vars, &r->scratch->look.changed);
+        vm_save_soon(r->dir->vm);
+    }
     if (status == 0 && r->scratch->table) {
         node_move_child(r->dir, r->scratch->name, r->row->name);
         struct node *node = node_find_child(r->dir, r->row->name);
@@ -483,8 +488,12 @@ static void environ_setattr(struct node *node, struct handle *handle, const stru
     struct environ_handle *h =
         handle && handle->ops == &environ_ops ? (struct environ_handle *)handle : NULL;
     struct environ_changes none = {0};
+    node_set_look(&node->vm->environ_look, want, mask);
+    if (mask & NODE_SET_MTIME)
+        vars_set_written(node->vm->vars, &want->st_mtim);
+    vm_save_soon(node->vm);
     if (!(mask & NODE_SET_SIZE)) {
-        request_answer_attr(rq, node); /* mode, owner and times are what they are */
+        request_answer_attr(rq, node);
     } else if (h && (size_t)want->st_size <= h->content.len) {
         if (want->st_size == 0 && (!h->wrote || h->refused)) {
             environ_truncate(h);

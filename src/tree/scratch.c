@@ -37,13 +37,10 @@ static void scratch_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->entry_seconds = ret_stat->attr_seconds = 0;
     ret_stat->st.st_ino = node_inode(node->vm, scratch->number);
-    ret_stat->st.st_mode = (scratch->directory ? S_IFDIR : S_IFREG) | scratch->mode;
+    ret_stat->st.st_mode = scratch->directory ? S_IFDIR : S_IFREG;
+    node_show_look(&scratch->look, &ret_stat->st);
     ret_stat->st.st_nlink = !scratch->table ? 0 : scratch->directory ? 2 : 1;
-    ret_stat->st.st_uid = scratch->uid;
-    ret_stat->st.st_gid = scratch->gid;
     ret_stat->st.st_size = (off_t)scratch->content.len;
-    ret_stat->st.st_mtim = ret_stat->st.st_ctim = scratch->changed;
-    ret_stat->st.st_atim = scratch->read;
 }
 
 static void scratch_free_node(struct node *node) {
@@ -254,18 +251,9 @@ static void scratch_setattr(struct node *node, struct handle *handle, const stru
                                   ? ((struct scratch_handle *)handle)->scratch
                                   : node->object;
     int r = 0;
-    if (mask & NODE_SET_MODE)
-        scratch->mode = want->st_mode & 07777;
-    if (mask & NODE_SET_UID)
-        scratch->uid = want->st_uid;
-    if (mask & NODE_SET_GID)
-        scratch->gid = want->st_gid;
     if (mask & NODE_SET_SIZE)
         r = scratch_explain(node, scratch_resize(scratch, want->st_size));
-    if (mask & NODE_SET_ATIME)
-        scratch->read = want->st_atim;
-    if (mask & NODE_SET_MTIME)
-        scratch->changed = want->st_mtim;
+    node_set_look(&scratch->look, want, mask); /* its time after the change of size */
     if (r < 0)
         request_answer(rq, r);
     else

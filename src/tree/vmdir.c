@@ -38,8 +38,8 @@ static bool vmdir_ssh_config(struct vm *vm, struct buf *out) {
 static const struct node_row vmdir_rows[] = {
     {"config", S_IFDIR | 0755, &config_ops, NULL},
     {"console", S_IFREG | 0400, &console_ops, NULL},
-    {"env", S_IFDIR | 0700, &env_ops, NULL},
-    {"environ", S_IFREG | 0600, &environ_ops, NULL},
+    {"env", S_IFDIR | VM_ENV_MODE, &env_ops, NULL},
+    {"environ", S_IFREG | VM_ENVIRON_MODE, &environ_ops, NULL},
     {"error", S_IFREG | 0400, &text_ops, vmdir_error},
     {"exec", S_IFREG | 0600, &exec_ops, NULL},
     {"info", S_IFREG | 0444, &text_ops, vmdir_info},

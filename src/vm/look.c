@@ -1,5 +1,6 @@
 #include "vm/look.h"
 
+#include <stdint.h>
 #include <stdio.h>
 
 /* In words that a reader of the record knows: "mode": "0640", "mtime": "1600000000.000000001". */

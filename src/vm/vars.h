@@ -9,6 +9,7 @@
 #include <uv/tree.h>
 
 #include "util/buf.h"
+#include "vm/look.h"
 #include "vm/vm.h"
 
 /* The variables of one VM.
@@ -34,11 +35,7 @@ struct var {
     unsigned truncated;  /* handles whose truncation is pending: it reads as empty */
     uint64_t generation; /* vars_generation() when it was last set or unset */
     uint64_t number;     /* for its inode number */
-    mode_t mode;         /* permission bits */
-    uid_t uid;
-    gid_t gid;
-    struct timespec changed;
-    struct timespec read; /* atime, as set by utimes */
+    struct look look;
 };
 
 RB_HEAD(var_index, var);
@@ -55,6 +52,9 @@ struct var_index *vars_index(struct vars *vars);
 const struct timespec *vars_changed(const struct vars *vars);
 /* When any value was last changed. */
 const struct timespec *vars_written(const struct vars *vars);
+/* utimes of env/ and of environ have set them. */
+void vars_set_changed(struct vars *vars, const struct timespec *when);
+void vars_set_written(struct vars *vars, const struct timespec *when);
 /* Grows with each change of any variable. */
 uint64_t vars_generation(const struct vars *vars);
 

@@ -391,10 +391,10 @@ void vars_batch_end(struct vars *vars, int status) {
     bool to_guest = batch->to_guest;
     batch_free(batch);
     commits_end(&commits, status);
-    if (to_guest && status == 0) { /* the guest has it: the record has time */
+    if (to_guest && status == 0)
         vars_seal_soon(vars);
+    if (status == 0) /* the guest has it, or the disk; their times and numbers can wait */
         vm_save_soon(vars->vm);
-    }
     vars_attach_step(vars); /* first, or writers would hold up the boot for ever */
     vars_start_batch(vars);
 }

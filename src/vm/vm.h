@@ -9,6 +9,7 @@
 #include "util/buf.h"
 #include "util/list.h"
 #include "vm/daemon.h"
+#include "vm/look.h"
 
 /* A virtual machine: its life (this file), its variables (vm/vars.h), its commands (vm/command.h).
  *
@@ -44,6 +45,10 @@ struct vm_wait {
 void vm_wait_cancel(struct vm_wait *wait);
 /* Answers all who are in the list. */
 void vm_wait_wake(struct list *waits, int status);
+
+/* Modes of env/ and environ, until somebody changes them. */
+#define VM_ENV_MODE 0700
+#define VM_ENVIRON_MODE 0600
 
 /* How `environ` is printed (tree/environ.h). */
 enum environ_style {
@@ -88,6 +93,7 @@ struct vm {
     struct vmm *vmm;          /* NULL when nothing runs */
     struct vars *vars;
     enum environ_style environ_style;
+    struct look env_look, environ_look; /* of env/ and environ; their times are those of `vars` */
     uint64_t environ_removed;      /* uv_now() when `environ` was last unlinked; 0: it is there */
     struct scratches *env_scratch; /* temporary files beside the variables */
     struct scratches *vm_scratch;  /* and beside `environ` */
