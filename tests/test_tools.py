@@ -104,6 +104,7 @@ ROWS.update({
     # --- editors ---
     "sed -i": Row('sed -i s/old/new/ "$E/$K"'),
     "sed -i.bak": Row('sed -i.bak s/old/new/ "$E/$K"; grep -qx "old value" "$E/$K.bak"', "", leaves=r"TOOL\.bak"),
+    "sed > .tmp, mv": Row('sed s/old/new/ "$E/$K" > "$E/$K.tmp" && mv "$E/$K.tmp" "$E/$K"'),
     "sed -i~": Row('sed -i~ s/old/new/ "$E/$K"', "", leaves=r"TOOL~"),
     "sed -c -i": Row('cp -p "$E/$K" "$T/copy"; sed -i --follow-symlinks s/old/new/ "$E/$K"'),
     "busybox sed -i": Row('busybox sed -i s/old/new/ "$E/$K"'),
@@ -391,6 +392,7 @@ ENVIRON_ROWS = {
     "install": Row('install -m 600 "$T/environ" "$V/environ"'),
     "sed -i": Row('sed -i "s/old value/new value/" "$V/environ"'),
     "sed -i.bak": Row('sed -i.bak "s/old value/new value/" "$V/environ"; rm "$V/environ.bak"', ""),
+    "sed > .tmp, mv": Row('sed "s/old value/new value/" "$V/environ" > "$V/environ.tmp" && mv "$V/environ.tmp" "$V/environ"'),
     "perl -pi": Row('perl -pi -e "s/old value/new value/" "$V/environ"'),
     "perl -pi.bak": Row('perl -pi.bak -e "s/old value/new value/" "$V/environ"; rm "$V/environ.bak"', ""),
     "gawk -i inplace": Row('gawk -i inplace \'{ sub("old value", "new value"); print }\' "$V/environ"'),

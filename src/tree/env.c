@@ -65,7 +65,7 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
     }
     struct var *var = vars_find(vm->vars, name);
     if (scratch_find(vm->env_scratch, name) || (!var && scratch_is_wanted(vm, name, flags))) {
-        scratch_create(dir, vm->env_scratch, name, flags, mode, rq);
+        scratch_create(dir, vm->env_scratch, name, flags, mode & 0700, rq);
         return;
     }
     if (!env_name_is_valid(name, strlen(name))) {
@@ -87,7 +87,7 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
         return;
     }
     if (is_new)
-        var->look.mode = mode & 0600; /* secrets: never more than the owner's */
+        var->look.mode = mode & 0600; /* secrets: never more than the owner's, as scratch above */
     struct node *node = node_child(dir, name, &env_key_ops, NULL, vm);
     struct env_handle *h = node ? env_handle_create(node, flags) : NULL;
     if (!h) {

@@ -17,19 +17,34 @@
 /* Scratch files behave as on any disk. A handle and a node each hold a reference, so that what is
  * removed or renamed away stays usable for who has it open. */
 
-/* A variable's name with a suffix: KEY.orig, KEY.oXXXXXX (patch creates that O_WRONLY). */
-static bool scratch_is_beside(struct vm *vm, const char *name) {
-    size_t length = strcspn(name, ".");
-    if (!name[length] || !env_name_is_valid(name, length))
-        return false;
-    cleanup_free char *key = strndup(name, length);
-    return key && vars_find(vm->vars, key);
+/* `sed s/a/b/ KEY > KEY.tmp && mv KEY.tmp KEY`: what people call such a file. */
+static bool scratch_suffix_is_usual(const char *suffix) {
+    static const char *const usual[] = {"tmp", "new", "old", "bak", "orig", "part", "lock", "swp"};
+    for (size_t i = 0; i < sizeof usual / sizeof *usual; i++)
+        if (strcmp(suffix, usual[i]) == 0)
+            return true;
+    return false;
+}
+
+static bool scratch_is_wanted_at(const char *name, int flags, bool beside) {
+    if (scratch_name_is_special(name))
+        return true;
+    if (flags & O_EXCL) /* patch creates KEY.oXXXXXX O_WRONLY */
+        return beside || (flags & O_ACCMODE) == O_RDWR;
+    return beside && scratch_suffix_is_usual(strchr(name, '.') + 1);
 }
 
 bool scratch_is_wanted(struct vm *vm, const char *name, int flags) {
-    if (scratch_name_is_special(name))
-        return true;
-    return (flags & O_EXCL) && ((flags & O_ACCMODE) == O_RDWR || scratch_is_beside(vm, name));
+    size_t length = strcspn(name, ".");
+    cleanup_free char *key =
+        name[length] && env_name_is_valid(name, length) ? strndup(name, length) : NULL;
+    return scratch_is_wanted_at(name, flags, key && vars_find(vm->vars, key));
+}
+
+bool scratch_is_wanted_beside(const char *file, const char *name, int flags) {
+    size_t length = strlen(file);
+    return scratch_is_wanted_at(name, flags,
+                                strncmp(name, file, length) == 0 && name[length] == '.');
 }
 
 static void scratch_stat(const struct node *node, struct node_stat *ret_stat) {

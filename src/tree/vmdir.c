@@ -118,8 +118,9 @@ static void vmdir_create(struct node *dir, const char *name, int flags, mode_t m
         request_answer(rq, -ERR_GONE);
     else if (row && row->ops == &environ_ops)
         environ_create(dir, row, flags, rq);
-    else if (scratch_is_wanted(dir->vm, name, flags) || scratch_find(dir->vm->vm_scratch, name))
-        scratch_create(dir, dir->vm->vm_scratch, name, flags, mode, rq);
+    else if (scratch_is_wanted_beside("environ", name, flags) ||
+             scratch_find(dir->vm->vm_scratch, name))
+        scratch_create(dir, dir->vm->vm_scratch, name, flags, mode & 0700, rq);
     else
         request_answer(rq, -ERR_NOT_PERMITTED);
 }
