@@ -20,8 +20,8 @@ struct env_handle {
     bool wrote;          /* there was a WRITE, be it refused: it is not to become empty */
     bool dirty;          /* changed since the last commit that was not refused */
     bool failed;         /* so was the last commit: the next WRITE is to say how it is now */
-    bool refused;        /* no WRITE is taken any more, until it is emptied: `error` says why */
-    int error;           /* what FLUSH answers when there is nothing to commit */
+    int refused;         /* by a WRITE, for what it held: no other is taken until it is emptied */
+    int lost;            /* why what was acknowledged is not there and will not be: FLUSH says it */
     struct env_commit {
         bool busy;         /* one commit at a time; who comes meanwhile waits */
         struct list waits; /* of vm_wait */

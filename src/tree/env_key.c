@@ -131,9 +131,11 @@ static void env_handle_take_back(struct env_handle *h) {
 static void env_handle_keep(struct env_handle *h, int status) {
     bool unknown = status == -ERR_TIMED_OUT || status == -ERR_UNREACHABLE ||
                    status == -ERR_INTERRUPTED || status == -ERR_GONE;
-    if (env_handle_change(h).append && unknown) {
+    if (h->refused) {
+        h->lost = status;
+    } else if (env_handle_change(h).append && unknown) {
         buf_consume(&h->appended, h->commit.appended);
-        h->error = status;
+        h->lost = status;
         h->dirty = h->appended.len > 0;
     } else {
         h->dirty = true;
@@ -156,9 +158,8 @@ static void env_handle_verdict(void *arg, int status, struct request *rq) {
         h->dirty = h->dirty && !writing;
     } else if (writing) {
         env_handle_take_back(h);
-        h->refused = is_refusal(status);
-        h->error = h->refused ? status : h->error;
-    } else if (!h->refused) {
+        h->refused = is_refusal(status) ? status : 0;
+    } else {
         env_handle_keep(h, status);
     }
     buf_clear(&h->commit.before);
@@ -166,7 +167,7 @@ static void env_handle_verdict(void *arg, int status, struct request *rq) {
     if (status == 0 && writing)
         request_answer_written(rq, writing);
     else
-        request_answer(rq, status < 0 ? status : h->error);
+        request_answer(rq, status < 0 ? status : h->lost);
 }
 
 static void env_handle_commit(struct env_handle *h, size_t writing, struct request *rq) {
@@ -278,8 +279,9 @@ static int env_handle_check(const struct env_handle *h, const char *data, size_t
 }
 
 static void env_handle_refuse(struct env_handle *h, int status, struct request *rq) {
-    h->refused = h->wrote = true;
-    h->error = status;
+    h->refused = status;
+    h->lost = h->dirty ? status : h->lost;
+    h->wrote = true;
     h->dirty = false;
     env_handle_show(h);
     env_handle_load(h);
@@ -315,7 +317,7 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
         return;
     }
     if (h->refused) {
-        request_answer(rq, h->error);
+        request_answer(rq, h->refused);
         return;
     }
     if (handle->flags & O_APPEND) /* the kernel's idea of the end may be old */
@@ -363,7 +365,7 @@ static void env_handle_sync(struct env_handle *h, bool pending, struct request *
     } else if (pending) {
         env_handle_commit(h, 0, rq);
     } else {
-        request_answer(rq, h->error);
+        request_answer(rq, h->lost);
     }
 }
 
@@ -452,8 +454,8 @@ static void env_key_set_size(struct node *node, struct env_handle *h, off_t size
         int r = 0;
         if (size == 0 && (!h->wrote || h->refused)) {
             env_handle_truncate(h);
-            h->wrote = h->dirty = h->failed = h->refused = false;
-            h->error = 0;
+            h->wrote = h->dirty = h->failed = false;
+            h->refused = h->lost = 0;
         } else if ((size_t)size != h->content.len) {
             r = env_handle_resize(h, size);
             h->dirty = h->dirty || r == 0;

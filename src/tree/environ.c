@@ -35,6 +35,7 @@ struct environ_handle {
     bool dirty;          /* changed since the last commit */
     bool failed;         /* the last commit has: the next WRITE is to say how it is now */
     int refused;         /* by a WRITE; no other is taken until the file is emptied */
+    int lost;            /* why what was acknowledged is not there and will not be: FLUSH says it */
     /* A first line that was merged, to be taken back when a later one is bad. No name: none. */
     struct environ_first {
         char *name;
@@ -183,6 +184,7 @@ static void environ_take_back(struct environ_handle *h, int status, struct reque
 /* No WRITE is taken any more, so that a text of which a line is missing never replaces anything. */
 static void environ_refuse(struct environ_handle *h, int status, struct request *rq) {
     h->refused = status;
+    h->lost = h->dirty || h->first.name ? status : 0;
     h->wrote = true; /* it is no empty file */
     h->truncating = h->dirty = false;
     buf_clear(&h->content);
@@ -292,7 +294,7 @@ static void environ_truncate(struct environ_handle *h) {
     h->since = vars_generation(h->handle.node->vm->vars);
     h->truncating = true;
     h->wrote = h->dirty = h->failed = false;
-    h->refused = 0;
+    h->refused = h->lost = 0;
 }
 
 static void environ_open(struct node *node, int flags, struct request *rq) {
@@ -417,7 +419,7 @@ static void environ_sync(struct environ_handle *h, bool pending, struct request 
     } else if (pending) {
         environ_handle_commit(h, environ_appends(h), 0, rq);
     } else {
-        request_answer(rq, h->refused);
+        request_answer(rq, h->lost);
     }
 }
 

@@ -146,6 +146,7 @@ static void vmdir_create(struct node *dir, const char *name, int flags, mode_t m
         prepare_show(dir->vm, vmdir_slot(row));
         forward_create(dir, row, flags, rq);
     } else if (scratch_is_wanted_beside("environ", name, flags) ||
+               scratch_is_wanted_beside("forward", name, flags) ||
                scratch_find(dir->vm->vm_scratch, name))
         scratch_create(dir, dir->vm->vm_scratch, name, flags, mode & 0700, rq);
     else

@@ -79,10 +79,10 @@ static json_t *record_make(struct vm *vm) {
         "config", config, "created", (json_int_t)vm->created.tv_sec, "booted_ms",
         (json_int_t)vm->booted_ms, "user", vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL,
         "vmm", vmm, "variables", variables);
-    if (record) {
+    if (record)
         machine_save(vm, record);
+    if (record)
         record_save_looks(vm, record);
-    }
     if (record && vm->ephemeral)
         json_object_set_new(record, "ephemeral", json_true());
     if (record && vm->running_since.tv_sec)

@@ -110,6 +110,7 @@ int vars_refuse_reserved(struct vm *vm, const char *name);
  * -ERR_TOO_LARGE, -ERR_NO_ROOM. */
 int vars_preset(struct vars *vars, const char *name, const char *bytes, size_t length);
 int vars_copy(struct vars *vars, struct vars *from);
+
 /* Is something under way that changes this variable (NULL: any)? Then `wait` is told when all of it
  * that was asked for until now has its verdict; the status means nothing. */
 bool vars_await(struct vars *vars, const char *name, struct vm_wait *wait);
