@@ -285,3 +285,55 @@ def test_a_slow_reader_holds_the_command_back(vm):
         assert vm.ssh("[ -e /tmp/passed ] || echo no") == b"no\n"
         status, out, _ = client.result(60)
     assert status == 0 and len(out) == 20_000_000 - 10
+
+
+# --- what the other end may do ---
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "{run} sh -c 'head -c 3000000 /dev/zero' >/dev/full",
+        "(trap '' PIPE; {run} yes | head -n 1)",
+        "{run} sh -c 'head -c 3000000 /dev/zero >&2; exit 3' 2>/dev/full",
+        "{run} sh -c 'yes >&2' 2>&1 >/dev/null | head -n 1",
+    ],
+)
+def test_output_that_nobody_can_take_ends_it(vm, script):
+    with takes_at_most(25, script):
+        sh(script.format(run=f"'{vm / 'run'}'"), "bash", check=False)
+
+
+def test_a_closed_stderr_is_no_failure_of_its_own(vm):
+    assert sh(f"'{vm / 'run'}' echo fine 2>&-").stdout == b"fine\n"
+
+
+@pytest.mark.parametrize("name", ["set", "vm", "job", "key", "value", "input", "status", "option"])
+def test_variables_of_the_caller_are_passed_whatever_their_name(vm, name, monkeypatch):
+    monkeypatch.setenv(name, "from here")
+    assert run(vm, "-e", name, "sh", "-c", f"echo \"${name}\"").stdout == b"from here\n"
+
+
+def test_a_signal_that_ssh_has_no_name_for_is_said(vm):
+    done = run(vm, "sh", "-c", "kill -BUS $$")
+    assert done.returncode == 255 and b"signal" in done.stderr
+
+
+def test_calls_side_by_side_say_their_own_error(vm):
+    argv = [["-C", "relative", "true"], ["-t", "soon", "true"], ["-s", "fish", "true"]] * 6
+    clients = [Client([vm / "run", *words]) for words in argv]
+    for words, client in zip(argv, clients):
+        status, _, errors = client.result(30)
+        assert status == 255
+        assert {"-C": "/cwd:", "-t": "/timeout:", "-s": "/shell:"}[words[0]] in errors, (words, errors)
+
+
+def test_many_that_are_killed_at_once_leave_nothing_in_the_guest(vm):
+    clients = [Client([vm / "run", "sleep", "1308"]) for _ in range(12)]
+    for i, client in enumerate(clients):
+        if i % 3:
+            client.signal(signal.SIGKILL)
+    for client in clients:
+        client.signal(signal.SIGKILL)
+        client.result(10)
+    gone_in_guest(vm, "sleep 1308")

@@ -253,6 +253,7 @@ static void ops_read(fuse_req_t req, fuse_ino_t id, size_t size, off_t offset,
     struct handle *handle = ops_handle(file);
     struct fuse_request *r = fuse_request_new(ops_channel(req), req);
     (void)id;
+    handle->flags = (handle->flags & ~O_NONBLOCK) | (file->flags & O_NONBLOCK);
     if (r && handle->ops->read)
         handle->ops->read(handle, size, offset, &r->rq);
     else if (r)

@@ -25,6 +25,7 @@
 struct guest_facts {
     char shell[128]; /* the user's, if it understands sh; else /bin/sh */
     bool own_shell;  /* it is the user's: the server runs commands with it */
+    char boot[40];   /* the kernel's id of this boot (random(4)); empty: not known */
     bool own_group;  /* the server gives each command a process group of its own */
 };
 
@@ -72,6 +73,8 @@ struct guest_ops {
      * whether this side lives to see it or not. A status other than 0: it has ended. */
     void (*command_signal)(struct buf *out, long pid, const char *signal, unsigned grace_s);
     bool (*signal_is_known)(const char *signal);
+    /* Status 0: the first process of the command is still there. */
+    void (*command_exists)(struct buf *out, long pid);
 
     /* The shell that is started in advance for one command: it prints GUEST_SHELL_START, its
      * process id and a newline on stdout and on stderr (what comes before that is not the

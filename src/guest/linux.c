@@ -97,13 +97,25 @@ static void linux_env_replace(struct buf *out, const char *path, const char *byt
 static void linux_control_hello(struct buf *out) {
     buf_printf(out, linux_control_script, GUEST_ABSENT, GUEST_CHANGED, GUEST_CHANGED);
     buf_append_str(
-        out, "read -r a b c d g e </proc/$$/stat; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
+        out, "read -r b </proc/sys/kernel/random/boot_id && echo \"boot $b\"; "
+             "read -r a b c d g e </proc/$$/stat; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
 }
 
 static void linux_control_facts(const char *output, size_t length, struct guest_facts *ret_facts) {
     static const char *const shells[] = {"/sh", "/bash", "/dash", "/ash", "/ksh", "/zsh"};
     const char *end = output + length;
+    static const char boot[] = "boot ";
     *ret_facts = (struct guest_facts){.shell = "/bin/sh"};
+    if (length >= sizeof boot - 1 && memcmp(output, boot, sizeof boot - 1) == 0) {
+        size_t line = 0;
+        output += sizeof boot - 1;
+        while (output + line < end && output[line] != '\n')
+            line++;
+        if (line < sizeof ret_facts->boot)
+            memcpy(ret_facts->boot, output, line);
+        output += line + (output + line < end);
+        length = (size_t)(end - output);
+    }
     if (length >= 4 && memcmp(output, "own\n", 4) == 0) {
         ret_facts->own_group = true;
         output += 4;
@@ -150,6 +162,10 @@ static void linux_command_signal(struct buf *out, long pid, const char *signal, 
     if (grace_s)
         buf_printf(out, " && { (sleep %u; kill -KILL -\"$g\") >/dev/null 2>&1 & }", grace_s);
     buf_append_str(out, "; } 2>/dev/null");
+}
+
+static void linux_command_exists(struct buf *out, long pid) {
+    buf_printf(out, "[ -e /proc/%ld ]", pid);
 }
 
 /* The shell that was started in advance. `eval` runs the command in this very shell, so that
@@ -260,7 +276,7 @@ static bool linux_command_start(struct buf *out, const struct guest_command *com
     out->failed |= text.failed;
     bool follows = text.len > LINUX_COMMAND_INLINE;
     buf_printf(out,
-               "trap '_vmsfs_s=$?; echo \"" RS "%s $_vmsfs_s\"; echo \"" RS
+               "trap '{ _vmsfs_s=$?; set +x; } 2>/dev/null; echo \"" RS "%s $_vmsfs_s\"; echo \"" RS
                "%s $_vmsfs_s\" >&2; exit $_vmsfs_s' EXIT; ",
                nonce, nonce);
     /* head may read more than it is asked for. */
@@ -293,6 +309,7 @@ const struct guest_ops guest_linux = {
     .env_replace = linux_env_replace,
     .command_signal = linux_command_signal,
     .signal_is_known = linux_signal_is_known,
+    .command_exists = linux_command_exists,
     .command_shell = linux_command_shell,
     .command_start = linux_command_start,
     .command_export = linux_command_export,

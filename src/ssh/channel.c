@@ -251,9 +251,14 @@ static void channel_step_close(struct ssh_channel *channel) {
     LIBSSH2_CHANNEL *raw = channel->wire->raw;
     if (libssh2_channel_eof(raw) != 1 || libssh2_channel_wait_closed(raw) != 0)
         return;
-    struct ssh_exit exit = {.end = SSH_LOST,
-                            .error = -ERR_COMMAND_LOST,
-                            .why = "the SSH server closed the channel without an exit status"};
+    const struct transport *t = &channel->session->transport;
+    /* What a server does when a signal has no name in SSH; but the end of a connection looks alike.
+     */
+    struct ssh_exit exit = {.end = SSH_SIGNALED, .signal = ""};
+    if (t->error || t->mute || t->farewell[0])
+        exit = (struct ssh_exit){.end = SSH_LOST,
+                                 .error = -ERR_COMMAND_LOST,
+                                 .why = "the connection ended without an exit status"};
     char *signal = NULL;
     LIBSSH2_SESSION *ssh = channel->session->transport.ssh;
     if (channel_has_exit(channel))
@@ -278,6 +283,8 @@ static void channel_pump_steps(struct ssh_channel *channel) {
     if (!channel_goes_on(channel) || channel->state != CHANNEL_RUNNING)
         return;
     channel_note_exit(channel);
+    if (channel->exit_noted)
+        channel->paused = false;
     size_t budget = CHANNEL_READ_MAX;
     channel_read_stream(channel, 0, &budget);
     if (channel_goes_on(channel))
@@ -324,6 +331,10 @@ ssize_t ssh_channel_write(struct ssh_channel *channel, const void *data, size_t 
     return (ssize_t)waiting;
 }
 
+bool ssh_channel_is_asked(const struct ssh_channel *channel) {
+    return channel->exec_sent;
+}
+
 void ssh_channel_eof(struct ssh_channel *channel) {
     channel->eof_wanted = true;
     if (channel->session)
@@ -332,7 +343,7 @@ void ssh_channel_eof(struct ssh_channel *channel) {
 
 void ssh_channel_pause(struct ssh_channel *channel, bool paused) {
     bool resumed = channel->paused && !paused;
-    channel->paused = paused;
+    channel->paused = paused && !channel->exit_noted;
     if (resumed && channel->session)
         session_schedule(channel->session);
 }

@@ -30,7 +30,7 @@
 
 #define SESSION_RECEIVE_MAX (256 * 1024) /* read from one socket in one pump */
 #define CHANNEL_READ_MAX (256 * 1024)    /* given to one data() in one pump */
-#define CHANNEL_WINDOW (2 * 1024 * 1024) /* what a paused channel may leave with us */
+#define CHANNEL_WINDOW SSH_PAUSED_MOST   /* what a paused channel may leave with us */
 #define SESSION_CHANNELS 10              /* OpenSSH's MaxSessions, unless set otherwise */
 #define OUTPUT_MAX (256 * 1024)          /* above it, channel input stays with its channel */
 

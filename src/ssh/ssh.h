@@ -75,7 +75,8 @@ enum ssh_end {
 struct ssh_exit {
     enum ssh_end end;
     int status;         /* of SSH_EXITED */
-    const char *signal; /* of SSH_SIGNALED, without "SIG"; borrowed for the call */
+    const char *signal; /* of SSH_SIGNALED, without "SIG"; borrowed for the call. Empty: the server
+                           has closed the channel and said nothing */
     int error;          /* of SSH_REFUSED and SSH_LOST: -ERR_… */
     const char *why;    /* of SSH_REFUSED and SSH_LOST: a sentence; borrowed for the call */
 };
@@ -119,11 +120,16 @@ int ssh_channel_exec(struct ssh_session *session, const char *command,
  * Negative: -errno. */
 ssize_t ssh_channel_write(struct ssh_channel *channel, const void *data, size_t length);
 
+/* May the server have been told the command already? */
+bool ssh_channel_is_asked(const struct ssh_channel *channel);
+
 /* No more input: sent after all that was written. */
 void ssh_channel_eof(struct ssh_channel *channel);
 
 /* While paused, data() is not called and, when the channel's window is full, the command blocks.
- * Other channels of the session go on. */
+ * Other channels of the session go on. Once the command's exit status is here, pausing ends: what
+ * is left is bounded by the window (SSH_PAUSED_MOST). */
+#define SSH_PAUSED_MOST (2 * 1024 * 1024)
 void ssh_channel_pause(struct ssh_channel *channel, bool paused);
 
 /* Frees the channel; sends CHANNEL_CLOSE if the server has not, without waiting for the answer. */

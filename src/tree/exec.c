@@ -16,11 +16,14 @@
  * The kernel moves the file position of whoever shares a descriptor, so offsets say nothing here: a
  * handle reads on from where it has read to. */
 
+#define EXEC_PIECE 1024 /* bytes from which on a write without a newline looks like that */
+
 struct exec_handle {
     struct handle handle;
     struct command *command; /* whose output is read; NULL: none. A reference */
     uint64_t position;
-    bool own; /* started by this handle: ends with it */
+    bool own;   /* started by this handle: ends with it */
+    bool piece; /* what was written last looks like the beginning of something */
 };
 
 /* A request that waits for a command. */
@@ -37,7 +40,7 @@ static void exec_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
-    ret_stat->st.st_size = newest ? (off_t)newest->out.end : 0;
+    ret_stat->st.st_size = newest ? output_size(newest, &newest->out) : 0;
     ret_stat->entry_seconds = 0; /* a node for each lookup */
     ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
@@ -111,6 +114,20 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
                                "exec: the command written before on this open file still runs"));
         return;
     }
+    /* cat(1) and cp(1) write so much at a time: it is the beginning of something longer. */
+    bool is_piece = length == COMMAND_LIMIT && data[length - 1] != '\n';
+    if (is_piece || h->piece) {
+        request_answer(rq,
+                       vm_fail(handle->node->vm, is_piece ? -ERR_COMMAND_TOO_LARGE : -ERR_INVALID,
+                               is_piece ? "exec: a command takes %d bytes at most"
+                                        : "exec: one write is one command (of %d bytes at "
+                                          "most), and the one before did not end with a "
+                                          "line: this is more of it",
+                               COMMAND_LIMIT));
+        return;
+    }
+    h->piece =
+        (handle->flags & O_ACCMODE) == O_WRONLY && length >= EXEC_PIECE && data[length - 1] != '\n';
     size_t text = length;
     while (text > 0 && data[text - 1] == '\n')
         text--;

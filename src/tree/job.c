@@ -1,5 +1,6 @@
 #include "tree/job.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,8 +31,10 @@ int job_fail(const struct node *node, int status, const char *format, ...) {
     va_start(args, format);
     buf_vprintf(&text, format, args);
     va_end(args);
-    return vm_fail(node->vm, status, "jobs/%s/%s: %s", job_of(node)->name, node->row->name,
-                   text.failed ? "out of memory" : text.data);
+    vm_fail(node->vm, status, "jobs/%s/%s: %s", job_of(node)->name, node->row->name,
+            text.failed ? "out of memory" : text.data);
+    job_keep_error(job_of(node));
+    return status;
 }
 
 static void job_handle_wake(struct vm_wait *wait, int status) {
@@ -108,6 +111,10 @@ void job_read_wait(struct handle *handle, size_t length, off_t offset,
                            .answer = answer};
     if (answer(&now))
         return;
+    if (handle->flags & O_NONBLOCK) {
+        request_answer(rq, -ERR_AGAIN);
+        return;
+    }
     struct job_read *read = malloc(sizeof *read);
     if (!read) {
         request_answer(rq, -ERR_NO_MEMORY);

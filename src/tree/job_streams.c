@@ -24,7 +24,7 @@ static struct spool *stream_spool(const struct node *node) {
 static void stream_stat(const struct node *node, struct node_stat *ret_stat) {
     const struct spool *spool = stream_spool(node);
     job_stat_init(node, ret_stat);
-    ret_stat->st.st_size = spool ? (off_t)spool->end : 0;
+    ret_stat->st.st_size = output_size(job_of(node)->command, spool);
 }
 
 static bool stream_answer(struct job_read *read) {

@@ -6,8 +6,10 @@
 #include "util/errors.h"
 
 /* jobs/NAME/argv and jobs/NAME/command: what is to be run, and its start. What is written until the
- * file is closed belongs together; the close (FLUSH), an fsync(2) or a rename onto it starts it. A
- * shell ignores what close() says, so all that can be known to be wrong is said to the WRITE. */
+ * file is closed for good (RELEASE) belongs together, whichever processes have written it; then it
+ * starts. An fsync(2) or a rename onto it starts it at once. RELEASE has no answer, and a shell
+ * does not look at that of close(): so all that can be known to be wrong is said to the WRITE, and
+ * to each close() once more. */
 
 static bool text_is_words(const struct node_row *row) {
     return strcmp(row->name, "argv") == 0;
@@ -36,7 +38,10 @@ static int text_check(const struct node *node, const char *data, size_t length) 
     if (words && length && (data[0] == '\0' || data[0] == '-'))
         return job_fail(node, -ERR_INVALID,
                         "the first word is the program: it is not empty and starts with no -");
-    return vm_check_running(node->vm);
+    int r = vm_check_running(node->vm);
+    if (r < 0)
+        job_keep_error(job);
+    return r;
 }
 
 /* Starts the job with what `text` holds, which is taken over. */
@@ -59,7 +64,10 @@ static int text_commit(const struct node *node, struct buf *text) {
     job->text = *text;
     job->words = words;
     *text = (struct buf){0};
-    return job_start(job);
+    int started = job_start(job);
+    if (started < 0)
+        job_keep_error(job);
+    return started;
 }
 
 static void text_read_job(struct handle *handle, size_t length, off_t offset, struct request *rq) {
@@ -85,11 +93,34 @@ static void text_write(struct handle *handle, const char *data, size_t length, o
     }
 }
 
-static void text_flush(struct handle *handle, struct request *rq) {
+static void text_fsync(struct handle *handle, struct request *rq) {
     struct job_handle *h = (struct job_handle *)handle;
     int r = h->text.len ? text_commit(handle->node, &h->text) : 0;
     buf_free(&h->text);
     request_answer(rq, r);
+}
+
+/* Perhaps of a copy of the descriptor, with more to come by another. */
+static void text_flush(struct handle *handle, struct request *rq) {
+    struct job_handle *h = (struct job_handle *)handle;
+    int r = 0;
+    if (h->text.len) {
+        r = text_check(handle->node, h->text.data, h->text.len);
+        if (r == 0 && (r = job_check(h->job)) < 0)
+            job_keep_error(h->job);
+    }
+    request_answer(rq, r);
+}
+
+/* What does not start now will not: who waits for its end is told so. */
+static void text_release_job(struct handle *handle) {
+    struct job_handle *h = (struct job_handle *)handle;
+    struct job *job = h->job;
+    int r = h->text.len && !job->removed ? text_commit(handle->node, &h->text) : 0;
+    if (r < 0 && !job->command && !job->removed &&
+        (job->leased || (r != -ERR_BUSY && r != -ERR_INVALID)))
+        job_refuse(job, r);
+    job_handle_free(h);
 }
 
 int job_text_take(struct node *dir, const struct node_row *row, const char *data, size_t length) {
@@ -105,7 +136,7 @@ const struct node_ops job_text_ops = {
     .read = text_read_job,
     .write = text_write,
     .flush = text_flush,
-    .fsync = text_flush,
-    .release = job_handle_release,
+    .fsync = text_fsync,
+    .release = text_release_job,
     .setattr = node_setattr_ignore,
 };

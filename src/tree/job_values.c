@@ -114,8 +114,14 @@ static void status_print(const struct job *job, struct buf *out) {
     buf_append_str(out, job_state_name(job));
 }
 
+static void error_print(const struct job *job, struct buf *out) {
+    size_t length = job->error.len; /* without the newline */
+    buf_append(out, job->error.data ? job->error.data : "", length ? length - 1 : 0);
+}
+
 static const struct job_value values[] = {
     {"cwd", cwd_print, cwd_set, false},
+    {"error", error_print, NULL, false},
     {"output_max", output_max_print, output_max_set, false},
     {"overflow", overflow_print, overflow_set, false},
     {"shell", shell_print, shell_set, false},

@@ -168,6 +168,7 @@ static const struct node_row jobdir_rows[] = {
     {"command", S_IFREG | 0600, &job_text_ops, NULL},
     {"cwd", S_IFREG | 0600, &job_value_ops, NULL},
     {"env", S_IFDIR | 0700, &job_env_ops, NULL},
+    {"error", S_IFREG | 0400, &job_value_ops, NULL},
     {"exit", S_IFREG | 0400, &job_exit_ops, NULL},
     {"output_max", S_IFREG | 0600, &job_value_ops, NULL},
     {"overflow", S_IFREG | 0600, &job_value_ops, NULL},

@@ -7,6 +7,12 @@
 
 #define OUTPUT_READ_MAX (1024 * 1024)
 
+off_t output_size(const struct command *command, const struct spool *spool) {
+    if (!command)
+        return 0;
+    return (off_t)spool->end + (spool->cut || command->end == COMMAND_LOST);
+}
+
 bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,
                         size_t length, struct request *rq) {
     if (*position >= spool->end && !spool->cut) {

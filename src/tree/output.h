@@ -7,8 +7,13 @@
 #include "vm/command.h"
 
 /* Reading the output of a command that may still run: what `exec` and the streams of jobs/ share.
- *
- * Answers a READ of `length` bytes at *position of `spool` (the command's own), and moves the
+ */
+
+/* The size to be shown: cp(1) and the like read so much and no more, so where the end of the output
+ * is missing it is one byte more than there is, and they meet the error. */
+off_t output_size(const struct command *command, const struct spool *spool);
+
+/* Answers a READ of `length` bytes at *position of `spool` (the command's own), and moves the
  * position on. False, and no answer: nothing has come yet, and more may. At the end of a command
  * that was lost the answer is -ERR_COMMAND_LOST, where output is missing -ERR_CUT. */
 bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,

@@ -73,7 +73,7 @@ echo wait >"$_run_job/overflow" && echo 256K >"$_run_job/output_max" || refused
 
 if [ -t 0 ]; then _run_input=; fi
 if [ -n "$_run_input" ]; then { command exec 4<&0; } 2>/dev/null || _run_input=; fi
-{ command exec 5>&2 5>&-; } 2>/dev/null || exec 2>/dev/null # it was closed
+[ -e /dev/fd/2 ] || exec 2>/dev/null # it was closed
 
 # Ctrl-C reaches everybody here: those in the background ignore it, and the command gets it there.
 forward() { # SIGNAL STATUS
@@ -100,7 +100,7 @@ fi
 
 # Output that nobody takes any more ends the command, whichever it is and whatever else there is.
 pass() { # STREAM
-    cat "$_run_job/$1" 3<&-
+    cat "$_run_job/$1"
     _run_status=$?
     case $_run_status in
     0) ;;
@@ -109,9 +109,9 @@ pass() { # STREAM
     esac
     exit $_run_status
 }
-(pass stderr) >&2 &
+(pass stderr) >&2 3<&- &
 _run_errors=$!
-(pass stdout) &
+(pass stdout) 3<&- &
 _run_output=$!
 
 # Sets _run_passed. `wait` also returns when a signal has come.

@@ -22,6 +22,7 @@
     X(COMMAND_LOST, ECONNRESET, "the connection was lost while the command ran")                   \
     X(NO_READER, EPIPE, "the command takes no more input")                                         \
     X(UNSUPPORTED, EOPNOTSUPP, "this backend cannot do that")                                      \
+    X(AGAIN, EAGAIN, "nothing yet, and O_NONBLOCK is set")                                         \
     X(INTERRUPTED, EINTR, "interrupted")                                                           \
     X(NOT_PERMITTED, EPERM, "not a thing that can be done to this file")                           \
     X(STALE, ESTALE, "the name has gone: look it up again")                                        \

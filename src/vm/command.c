@@ -13,6 +13,7 @@
 #include "util/log.h"
 #include "util/random.h"
 #include "vm/control.h"
+#include "vm/orphans.h"
 #include "vm/target.h"
 
 /* Commands run in shells that are started ahead of them: opening a channel and starting a shell is
@@ -46,10 +47,16 @@ struct command_shell {
     bool input_over;     /* no more comes after what is in `input` */
     bool exited;         /* its process has ended: its output may still be under way */
     bool paused;         /* its readers hold it back */
+    bool draining;       /* no more: its processes have ended, and what is left is not much */
+    bool awaited;        /* the guest is asked whether they have */
     bool finished;       /* only the server's CLOSE is still to come */
     bool closed;         /* it has come */
     struct command_stream out, err;
     struct buf input; /* kept back until GUEST_READY has come */
+    char signal[16];  /* to be sent when `pid` is known; or empty */
+    unsigned signal_grace;
+    struct list signal_waits; /* of vm_wait */
+    int place;                /* among vm->orphans; -1: none */
     int marker_status;
     uv_timer_t *timer; /* KILL, or the end of lingering; NULL: none */
 };
@@ -198,6 +205,14 @@ static void shell_finish(struct command_shell *shell) {
 static void shell_end(struct command_shell *shell, enum command_end end) {
     struct commands *commands = shell->commands;
     struct command *command = shell->command;
+    struct list unsent;
+    list_init(&unsent);
+    list_splice(&unsent, &shell->signal_waits);
+    if (end == COMMAND_LOST)
+        orphans_leave(commands->vm->orphans, shell->place);
+    else
+        orphans_forget(commands->vm->orphans, shell->place);
+    shell->place = -1;
     if (command) {
         if (shell->out.begun && !shell->out.ended)
             command_output(command, 1, shell->out.held.data, shell->out.held.len);
@@ -219,6 +234,7 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
         vm_wait_wake(&command->input_waits, -ERR_NO_READER);
         command_unref(command);
     }
+    vm_wait_wake(&unsent, -ERR_BUSY);
 }
 
 static void shell_linger_over(uv_timer_t *timer) {
@@ -250,8 +266,8 @@ static void shell_send_kill(struct command_shell *shell) {
 static void shell_killed(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
     snprintf(shell->command->signal, sizeof shell->command->signal, "KILL");
-    if (!shell->pid) /* it has not even begun, and must not begin later */
-        shell->closed = true;
+    if (!shell->pid && !ssh_channel_is_asked(shell->channel))
+        shell->closed = true; /* so it never begins; else it is ended when it does */
     shell_end(shell, COMMAND_SIGNALED);
 }
 
@@ -260,6 +276,90 @@ static void shell_kill(struct command_shell *shell, unsigned grace_s) {
     shell_timer(shell, shell_killed, grace_s * 1000 + COMMAND_LINGER_MS);
     if (shell->pid)
         shell_send_kill(shell);
+}
+
+struct command_signal_sent {
+    struct command *command; /* a reference */
+    struct list waits;       /* of vm_wait */
+};
+
+static void shell_await_end(struct command_shell *shell);
+
+static void command_signaled(void *arg, int status, const char *output, size_t length) {
+    struct command_signal_sent *sent = arg;
+    (void)output;
+    (void)length;
+    vm_wait_wake(&sent->waits, status > 0 ? -ERR_BUSY : status);
+    if (sent->command->shell)
+        shell_await_end(sent->command->shell);
+    command_unref(sent->command);
+    free(sent);
+}
+
+/* Takes the waits over, which are told when it is done. -ERR_…: they are left. */
+static int shell_send_signal(struct command_shell *shell, const char *signal, unsigned grace_s,
+                             struct list *waits) {
+    struct vm *vm = shell->commands->vm;
+    cleanup_buf struct buf script = {0};
+    struct command_signal_sent *sent = malloc(sizeof *sent);
+    if (!sent || !shell->command) {
+        free(sent);
+        return sent ? -ERR_BUSY : -ERR_NO_MEMORY;
+    }
+    sent->command = command_ref(shell->command);
+    list_init(&sent->waits);
+    vm->guest->command_signal(&script, shell->pid, signal, grace_s);
+    int r = script.failed ? -ERR_NO_MEMORY
+                          : control_request(vm->control, &script, command_signaled, sent);
+    if (r < 0) {
+        command_unref(sent->command);
+        free(sent);
+        return r;
+    }
+    list_splice(&sent->waits, waits);
+    return 0;
+}
+
+/* A command that is held back and has got a signal: a server that tells of its end behind its
+ * output only (dropbear) would not, as nobody takes that. So the guest is asked. */
+#define COMMAND_AWAIT_MS 300
+
+static void command_is_there(void *arg, int status, const char *output, size_t length) {
+    struct command *command = arg;
+    struct command_shell *shell = command->shell;
+    (void)output;
+    (void)length;
+    if (shell && status > 0 && shell->paused) {
+        shell->draining = true;
+        shell->paused = false;
+        ssh_channel_pause(shell->channel, false);
+    }
+    if (shell) {
+        shell->awaited = false;
+        if (status == 0)
+            shell_await_end(shell);
+    }
+    command_unref(command);
+}
+
+static void shell_ask_end(uv_timer_t *timer) {
+    struct command_shell *shell = timer->data;
+    struct vm *vm = shell->commands->vm;
+    cleanup_buf struct buf script = {0};
+    vm->guest->command_exists(&script, shell->pid);
+    command_ref(shell->command);
+    if (script.failed ||
+        control_request(vm->control, &script, command_is_there, shell->command) < 0) {
+        shell->awaited = false;
+        command_unref(shell->command);
+    }
+}
+
+static void shell_await_end(struct command_shell *shell) {
+    if (shell->awaited || shell->kill_grace || !shell->paused)
+        return;
+    shell->awaited = true;
+    shell_timer(shell, shell_ask_end, COMMAND_AWAIT_MS);
 }
 
 /* Waits for the shell's first words, dropping what its start-up files or its login have said
@@ -279,8 +379,12 @@ static void shell_begin(struct command_shell *shell, struct command_stream *s) {
     if (shell->pid || pid <= 1)
         return;
     shell->pid = pid;
+    if (shell->command)
+        shell->place = orphans_note(shell->commands->vm->orphans, pid);
     if (shell->kill_grace)
         shell_send_kill(shell);
+    if (shell->signal[0])
+        shell_send_signal(shell, shell->signal, shell->signal_grace, &shell->signal_waits);
 }
 
 /* Before anything of the command's, the word that its text has been taken in. */
@@ -306,11 +410,15 @@ static bool shell_is_ready(struct command_shell *shell) {
 static void shell_data(void *arg, int stream, const char *data, size_t length) {
     struct command_shell *shell = arg;
     struct command_stream *s = stream == 1 ? &shell->out : &shell->err;
-    if (s->ended || shell->finished)
+    if (s->ended || (shell->finished && (shell->pid || !shell->kill_grace)))
         return; /* of a process that lives on in the background */
     buf_append(&s->held, data, length);
     if (!s->begun)
         shell_begin(shell, s);
+    if (shell->finished) {
+        buf_free(&s->held);
+        return;
+    }
     if (s->held.failed || (!shell->command && s->held.len > COMMAND_ERRORS_KEPT)) {
         shell_end(shell, COMMAND_LOST);
         return;
@@ -339,7 +447,8 @@ static void shell_data(void *arg, int stream, const char *data, size_t length) {
     } else if (shell->exited && !shell->kill_grace) {
         shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
     }
-    if (!shell->paused && (spool_is_full(&command->out) || spool_is_full(&command->err))) {
+    if (!shell->paused && !shell->draining &&
+        (spool_is_full(&command->out) || spool_is_full(&command->err))) {
         shell->paused = true;
         ssh_channel_pause(shell->channel, true);
     }
@@ -351,6 +460,12 @@ static void shell_drained(void *arg) {
     struct command_shell *shell = arg;
     if (shell->command)
         vm_wait_wake(&shell->command->input_waits, 0);
+}
+
+/* RFC 4254, 6.10, names some signals; what a server says of others has an @, or is nothing. */
+static void command_set_signal(struct command *command, const char *signal) {
+    snprintf(command->signal, sizeof command->signal, "%s",
+             signal[0] && !strchr(signal, '@') ? signal : COMMAND_SIGNAL_UNNAMED);
 }
 
 static void shell_over(void *arg, const struct ssh_exit *exit) {
@@ -374,7 +489,7 @@ static void shell_over(void *arg, const struct ssh_exit *exit) {
         break;
     case SSH_SIGNALED:
         end = COMMAND_SIGNALED;
-        snprintf(command->signal, sizeof command->signal, "%s", exit->signal);
+        command_set_signal(command, exit->signal);
         break;
     case SSH_REFUSED:
     case SSH_LOST:
@@ -400,7 +515,7 @@ static void shell_exited(void *arg, const struct ssh_exit *exit) {
     if (!shell->command || shell->out.ended || shell->err.ended)
         return;
     if (exit->end == SSH_SIGNALED)
-        snprintf(shell->command->signal, sizeof shell->command->signal, "%s", exit->signal);
+        command_set_signal(shell->command, exit->signal);
     shell->marker_status = exit->status;
     shell->exited = true;
     shell_timer(shell, shell_linger_over, COMMAND_LINGER_MS);
@@ -423,6 +538,8 @@ static struct command_shell *shell_open(struct commands *commands, bool ahead) {
         return NULL;
     }
     shell->commands = commands;
+    shell->place = -1;
+    list_init(&shell->signal_waits);
     list_append(&commands->shells, &shell->link);
     if (ssh_pool_exec(commands->pool, text.data, &events, shell, &shell->channel) < 0) {
         shell_free(shell);
@@ -451,6 +568,7 @@ void commands_start(struct commands *commands) {
         return;
     }
     commands_want_spare(commands, 0);
+    orphans_end(commands->vm->orphans);
 }
 
 void commands_stop(struct commands *commands, int status, const char *why) {
@@ -574,6 +692,8 @@ int command_run(struct vm *vm, const struct command_spec *spec, struct command *
     commands->spare = NULL;
     shell->command = command_ref(command);
     command->shell = shell;
+    if (shell->pid)
+        shell->place = orphans_note(vm->orphans, shell->pid);
 
     cleanup_buf struct buf start = {0};
     struct guest_command guest = spec->guest;
@@ -636,32 +756,23 @@ void command_kill(struct command *command, unsigned grace_s) {
         shell_kill(command->shell, grace_s);
 }
 
-static void command_signaled(void *arg, int status, const char *output, size_t length) {
-    struct list *waits = arg;
-    (void)output;
-    (void)length;
-    vm_wait_wake(waits, status > 0 ? -ERR_BUSY : status);
-    free(waits);
-}
-
 int command_signal(struct command *command, const char *signal, unsigned grace_s,
                    struct vm_wait *wait) {
-    struct vm *vm = command->vm;
-    cleanup_buf struct buf script = {0};
-    if (command->end != COMMAND_RUNNING || !command->shell || !command->shell->pid)
+    struct command_shell *shell = command->shell;
+    if (command->end != COMMAND_RUNNING || !shell)
         return -ERR_BUSY;
-    struct list *waits = malloc(sizeof *waits);
-    if (!waits)
-        return -ERR_NO_MEMORY;
-    list_init(waits);
-    vm->guest->command_signal(&script, command->shell->pid, signal, grace_s);
-    int r = script.failed ? -ERR_NO_MEMORY
-                          : control_request(vm->control, &script, command_signaled, waits);
-    if (r < 0) {
-        free(waits);
+    struct list waits;
+    list_init(&waits);
+    list_append(&waits, &wait->link);
+    if (shell->pid) {
+        int r = shell_send_signal(shell, signal, grace_s, &waits);
+        list_remove(&waits);
         return r;
     }
-    list_append(waits, &wait->link);
+    /* Its process is not known yet. Of several signals the last is sent. */
+    snprintf(shell->signal, sizeof shell->signal, "%s", signal);
+    shell->signal_grace = grace_s;
+    list_splice(&shell->signal_waits, &waits);
     return 0;
 }
 

@@ -18,6 +18,9 @@
 /* Bytes of input that wait for the guest, above which a writer is to be held back. */
 #define COMMAND_INPUT_HIGH (256 * 1024)
 
+/* Of a signal that SSH has no name for. */
+#define COMMAND_SIGNAL_UNNAMED "UNNAMED"
+
 enum command_end {
     COMMAND_RUNNING,
     COMMAND_EXITED,   /* status */

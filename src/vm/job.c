@@ -75,6 +75,7 @@ void job_unref(struct job *job) {
         explicit_bzero(job->text.data, job->text.len);
     buf_free(&job->text);
     buf_free(&job->input);
+    buf_free(&job->error);
     free(job->folder);
     free(job->name);
     vm_unref(job->vm);
@@ -222,8 +223,8 @@ static void job_ended(struct job *job) {
     if (job->overdue)
         vm_fail(job->vm, -ERR_TIMED_OUT, "jobs/%s: it was ended after its timeout of %.3g s",
                 job->name, job->timeout / 1000.0);
-    else if (job->command->end == COMMAND_LOST || job->command->end == COMMAND_REFUSED)
-        command_verdict(job->command);
+    if (job->overdue || job->command->end == COMMAND_LOST || job->command->end == COMMAND_REFUSED)
+        job_keep_error(job); /* the command has left its words just now */
     if (job->removed || job->leased)
         return;
     job_record_end(job);
@@ -316,6 +317,27 @@ static void job_flush_input(struct job *job) {
     vm_wait_wake(&job->input_waits, 0);
 }
 
+int job_check(struct job *job) {
+    cleanup_buf struct buf exports = {0};
+    int r = job_exports(job, &exports);
+    if (exports.data)
+        explicit_bzero(exports.data, exports.len);
+    return r;
+}
+
+void job_refuse(struct job *job, int status) {
+    struct command *command = command_restore(job->vm, job->name);
+    if (!command)
+        return;
+    command->end = COMMAND_REFUSED;
+    command->error = status;
+    job->command = command;
+    if (!job->leased)
+        job_finish(job);
+    vm_wait_wake(&job->waits, 0);
+    vm_wait_wake(&job->input_waits, -ERR_NO_READER);
+}
+
 int job_start(struct job *job) {
     struct vm *vm = job->vm;
     cleanup_buf struct buf exports = {0}, name = {0};
@@ -352,6 +374,11 @@ int job_start(struct job *job) {
     job_flush_input(job);
     vm_wait_wake(&job->waits, 0);
     return 0;
+}
+
+void job_keep_error(struct job *job) {
+    buf_free(&job->error);
+    buf_append(&job->error, job->vm->error.data ? job->vm->error.data : "", job->vm->error.len);
 }
 
 void job_print_exit(const struct job *job, struct buf *out) {

@@ -50,6 +50,7 @@ struct job {
     bool flowing;
     unsigned timeout; /* ms; 0: none */
 
+    struct buf error;        /* why something about this job was refused or failed, in words */
     struct command *command; /* a reference; NULL: not started */
     struct buf input;        /* came before the start */
     unsigned input_writers;  /* handles that have `stdin` open for writing */
@@ -86,8 +87,16 @@ void job_unref(struct job *job);
 const char *job_state_name(const struct job *job);
 bool job_has_ended(const struct job *job);
 
+/* Can it be started with its variables as they are? */
+int job_check(struct job *job);
+/* It could not be started, and nobody can be told: it ends as one that was lost. */
+void job_refuse(struct job *job, int status);
+
 /* Starts what its text says. -ERR_…: it has not started, and may be started again. */
 int job_start(struct job *job);
+
+/* What has just been said in the VM's `error` is about this job. */
+void job_keep_error(struct job *job);
 
 /* How it has ended, a word and a newline: a status, a signal, or `lost`. */
 void job_print_exit(const struct job *job, struct buf *out);

@@ -10,6 +10,7 @@
 #include "vm/boot.h"
 #include "vm/job.h"
 #include "vm/machine.h"
+#include "vm/orphans.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -279,6 +280,7 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     vm->attached = json_is_true(json_object_get(record, "attached"));
     vm->running_since.tv_sec = json_integer_value(json_object_get(record, "running_since"));
     vm->boot_started = uv_now(vm->daemon->loop);
+    orphans_load(vm->orphans);
     const char *state = record_text(record, "state");
     bool paused = state && strcmp(state, vm_state_name(VM_PAUSED)) == 0 && ops->pause;
     vm->state = paused ? VM_PAUSED : vm->attached ? VM_UNREACHABLE : VM_BOOTING;

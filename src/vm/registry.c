@@ -11,6 +11,7 @@
 #include "vm/command.h"
 #include "vm/control.h"
 #include "vm/job.h"
+#include "vm/orphans.h"
 #include "vm/scratch.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
@@ -71,17 +72,19 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->control = control_new(vm);
     vm->commands = commands_new(vm);
     vm->jobs = jobs_new(vm);
+    vm->orphans = orphans_new(vm);
     vm->env_scratch = scratches_new(vm);
     vm->vm_scratch = scratches_new(vm);
     vm->config_scratch = scratches_new(vm);
     vm->timer = malloc(sizeof *vm->timer);
     vm->save_timer = malloc(sizeof *vm->save_timer);
     if (config_copy(&vm->config, &d->settings.config) < 0 || !vm->id || !vm->dir || !vm->vars ||
-        !vm->control || !vm->commands || !vm->jobs || !vm->env_scratch || !vm->vm_scratch ||
-        !vm->config_scratch || !vm->timer || !vm->save_timer) {
+        !vm->control || !vm->commands || !vm->jobs || !vm->orphans || !vm->env_scratch ||
+        !vm->vm_scratch || !vm->config_scratch || !vm->timer || !vm->save_timer) {
         control_free(vm->control);
         commands_free(vm->commands);
         jobs_free(vm->jobs);
+        orphans_free(vm->orphans);
         scratches_free(vm->env_scratch);
         scratches_free(vm->vm_scratch);
         scratches_free(vm->config_scratch);
@@ -151,6 +154,7 @@ static void vm_shut(struct vm *vm) {
     control_free(vm->control);
     commands_free(vm->commands);
     jobs_free(vm->jobs);
+    orphans_free(vm->orphans);
     scratches_free(vm->env_scratch);
     scratches_free(vm->vm_scratch);
     scratches_free(vm->config_scratch);
@@ -158,6 +162,7 @@ static void vm_shut(struct vm *vm) {
     vm->control = NULL;
     vm->commands = NULL;
     vm->jobs = NULL;
+    vm->orphans = NULL;
     vm->env_scratch = vm->vm_scratch = vm->config_scratch = NULL;
     uv_close((uv_handle_t *)vm->timer, (uv_close_cb)free);
     uv_close((uv_handle_t *)vm->save_timer, (uv_close_cb)free);

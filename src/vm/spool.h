@@ -19,8 +19,9 @@
 #define SPOOL_LIMIT_LEAST (UINT64_C(64) << 10)
 #define SPOOL_LIMIT_MOST (UINT64_C(1) << 40)
 #define SPOOL_LIMIT_DEFAULT (UINT64_C(1) << 30)
-/* How far a flowing spool may be overfilled by what is under way when its writer is held back. */
-#define SPOOL_SLACK (1024 * 1024)
+/* How far a flowing spool may be overfilled by what is under way when its writer is held back, or
+ * has ended. */
+#define SPOOL_SLACK (3 * 1024 * 1024)
 
 struct spool {
     struct buf memory; /* everything, while fd is -1 */

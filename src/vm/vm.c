@@ -15,6 +15,7 @@
 #include "vm/console.h"
 #include "vm/control.h"
 #include "vm/machine.h"
+#include "vm/orphans.h"
 #include "vm/pause.h"
 #include "vm/target.h"
 #include "vm/vars.h"
@@ -451,6 +452,8 @@ void vm_watch_boot(struct vm *vm) {
 
 int vm_boot(struct vm *vm) {
     vm->attached = false;
+    if (!machine_is_existing(vm))
+        orphans_clear(vm->orphans);
     vm->boot_started = uv_now(vm->daemon->loop);
     if (machine_is_nowhere(
             vm)) { /* at once, so that mkdir can be followed by writing the address */

@@ -115,6 +115,7 @@ struct vm {
     struct scratches *config_scratch; /* and beside the settings */
     struct control *control;          /* resident shell */
     struct commands *commands;        /* runs commands in the guest */
+    struct orphans *orphans;          /* commands that were lost */
     struct jobs *jobs;                /* the commands of jobs/ */
     uint64_t last_scratch;            /* numbers of temporary files */
 

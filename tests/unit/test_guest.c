@@ -58,6 +58,9 @@ static void facts_are_read_from_the_hello(void) {
         {"bash\n", "/bin/sh", false, false},
         {"", "/bin/sh", false, false},
         {"own\n", "/bin/sh", true, false},
+        {"boot 1-2\nown\n/bin/bash\n", "/bin/bash", true, true},
+        {"boot 1-2\n/bin/dash\n", "/bin/dash", false, true},
+        {"boot ", "/bin/sh", false, false},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         struct guest_facts facts;
