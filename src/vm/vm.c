@@ -14,6 +14,7 @@
 #include "vm/command.h"
 #include "vm/console.h"
 #include "vm/control.h"
+#include "vm/disk.h"
 #include "vm/machine.h"
 #include "vm/target.h"
 #include "vm/vars.h"
@@ -359,6 +360,8 @@ static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
         .boot_args = boot_args.data,
         .vcpus = vm->config.vcpus ? vm->config.vcpus : image->vcpus,
         .memory = vm->config.memory ? vm->config.memory : image->memory,
+        .disk = result->disk,
+        .cpu_model = vm->config.cpu_model,
         .address = vm->config.address,
         .port = vm->config.port,
     };
@@ -473,6 +476,7 @@ json_t *vm_info(const struct vm *vm) {
     json_object_set_new(info, "backend_note",
                         json_string(vm->backend_note ? vm->backend_note : ""));
     json_object_set_new(info, "image", json_string(vm->config.image));
+    json_object_set_new(info, "disk", disk_describe(vm));
     json_object_set_new(info, "user", vm->user ? json_string(vm->user) : json_null());
     const char *source = machine_host_key_source(vm);
     json_object_set_new(info, "host_key", source ? json_string(source) : json_null());
