@@ -272,8 +272,12 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
                         "%s has powered itself off; `echo running > status` starts it", vm->id);
             vm_set_state(vm, VM_STOPPED);
         } else {
+            cleanup_buf struct buf words = {0};
+            if (powered_off)
+                console_last_words(vm, &words);
             if (was == VM_BOOTING)
-                vm_fail(vm, -ERR_GONE, "%s did not boot: %s; see its console", vm->id, why);
+                vm_fail(vm, -ERR_GONE, "%s did not boot: %s%s%s; see its console", vm->id, why,
+                        words.len ? ", and said: " : "", words.len ? words.data : "");
             else
                 vm_fail(vm, -ERR_GONE, "%s has ended: %s; `echo running > status` starts it again",
                         vm->id, why);
