@@ -200,7 +200,7 @@ int image_check_disk(const struct image *image, const char *name, unsigned disk,
     if (!disk || image->disk)
         return 0;
     return image_fail(ret_why,
-                      "the image \"%s\" cannot use a disk (its image.json has no \"disk\"): take "
-                      "another, or write 0 to config/disk",
+                      "the image \"%s\" cannot use a disk: its image.json has no \"disk\". "
+                      "contrib/guest/tiny builds one that can; 0 in config/disk is no disk",
                       name);
 }
