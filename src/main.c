@@ -16,6 +16,7 @@
 #include "tree/node.h"
 #include "util/cleanup.h"
 #include "util/log.h"
+#include "util/notify.h"
 #include "vm/daemon.h"
 
 /* Start and end of the daemon.
@@ -67,9 +68,18 @@ static void program_detach(struct program *p) {
         close(null);
 }
 
+static void program_notify(const char *state) {
+    cleanup_buf struct buf text = {0};
+    buf_printf(&text, "%s\nMAINPID=%d\n", state, getpid());
+    int r = text.failed ? -ENOMEM : service_notify(text.data);
+    if (r < 0)
+        log_warn("the service manager could not be told: %s", strerror(-r));
+}
+
 static void program_ready(struct daemon *d) {
     struct program *p = program_of(d);
     log_info("mounted on %s, with %s", d->settings.mountpoint, p->backend);
+    program_notify("READY=1");
     if (p->report < 0)
         return;
     program_detach(p);
@@ -101,6 +111,7 @@ static void program_end(struct program *p) {
         return;
     p->ending = true;
     log_info("unmounting");
+    program_notify("STOPPING=1");
     fuse_channel_unmount(p->channel);
     if (p->daemon.settings.ephemeral)
         daemon_destroy_all(&p->daemon);

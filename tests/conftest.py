@@ -203,6 +203,8 @@ def pytest_sessionfinish(session):
     session.config.end_problems = problems
     if problems:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        with open(os.path.join(harness.RUN.path, "problems"), "a", encoding="utf-8") as f:
+            f.write("\n".join(problems) + "\n")
     elif not harness.RUN.given:
         shutil.rmtree(harness.RUN.path, ignore_errors=True)
 

@@ -482,10 +482,11 @@ def make_key(path, kind="ed25519"):
 
 
 class Sshd:
-    """An existing machine: OpenSSH's server on a port of 127.0.0.1, with keys and a configuration of its own. Its root is
+    """An existing machine: OpenSSH's server on a port of a loopback address, with keys and a configuration of its own. Its root is
     this host's, so only files of `path` are for the tests. `config`: further lines of sshd_config, as in MaxSessions=2."""
 
-    def __init__(self, **config):
+    def __init__(self, address="127.0.0.1", **config):
+        self.address = address
         self.path = os.path.join(RUN.path, f"sshd{RUN.number()}")
         self.log = os.path.join(self.path, "log")
         self.key = os.path.join(self.path, "client_key")
@@ -507,13 +508,13 @@ class Sshd:
     def options(self):
         """For a daemon whose VMs are this machine."""
         return (
-            f"backend=attach,address=127.0.0.1,port={self.port},key={self.key},host_key={self.host_key}.pub,"
+            f"backend=attach,address={self.address},port={self.port},key={self.key},host_key={self.host_key}.pub,"
             f"env_file={self.env_file}"
         )
 
     def start(self, seconds=20):
         lines = {
-            "ListenAddress": "127.0.0.1", "Port": self.port, "HostKey": self.host_key, "PidFile": "none", "UsePAM": "no",
+            "ListenAddress": self.address, "Port": self.port, "HostKey": self.host_key, "PidFile": "none", "UsePAM": "no",
             "AuthorizedKeysFile": self.authorized_keys, "StrictModes": "no", "PermitRootLogin": "prohibit-password",
             "SetEnv": f"HOME={self.path}", "PasswordAuthentication": "no", "MaxStartups": "100", "LogLevel": "VERBOSE", "Subsystem": "sftp internal-sftp",
             **self.config,
@@ -530,7 +531,7 @@ class Sshd:
 
         def listens():
             assert self.process.poll() is None, f"sshd has ended: {read(self.log)}"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
+            with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), 5):
                 return True
 
         wait_for(listens, "sshd listens", seconds)

@@ -9,9 +9,15 @@ import pytest
 from harness import IMAGES, VMSFS, environment, mount_line, processes_with, read, wait_for
 
 
-def run(*argv, env=None):
+def run(*argv, env=None, cwd=None):
     return subprocess.run(
-        [VMSFS, *argv], stdin=subprocess.DEVNULL, capture_output=True, timeout=30, env=environment(env), text=True
+        [VMSFS, *argv],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+        env=environment(env),
+        cwd=cwd,
+        text=True,
     )
 
 
@@ -24,15 +30,18 @@ def place(tmp_path):
 
 
 def refuse(place, *options, mountpoint=None, env=None, names=()):
-    """It fails with one message that names all of `names`, and nothing is mounted."""
+    """It fails with one message that names all of `names`, and nothing is mounted or made."""
+    before = sorted(os.listdir(place))
     mountpoint = str(mountpoint or place / "vms")
     options = ",".join((f"state={place}/state", *options))
     for extra in ([], ["-f"]):
-        done = run(mountpoint, "-o", options, *extra, env=env)
+        done = run(mountpoint, "-o", options, *extra, env=env, cwd=place)
         assert done.returncode not in (0, 99) and done.returncode > 0, done
         for name in names:
             assert name in done.stderr, done.stderr
+        assert done.stderr.startswith("vmsfs: ") and done.stderr.count("\n") == 1, done.stderr
         assert not mount_line(mountpoint)
+        assert sorted(os.listdir(place)) == before
     return done.stderr
 
 
@@ -55,7 +64,19 @@ def test_version_is_told():
 
 @pytest.mark.parametrize("option", ["bogus", "bogus=1", "stat=/x", "imagess=x"])
 def test_an_unknown_option_is_named(place, option):
-    refuse(place, option, names=[option.split("=")[0]])
+    for others in ([], ["allow_other", f"images={IMAGES}"]):
+        refuse(place, *others, option, names=["unknown option", f"-o {option}'; vmsfs -h lists them"])
+
+
+def test_a_bad_value_of_an_option_of_fuse_is_named(place):
+    refuse(place, f"images={IMAGES}", "max_write=much", names=["max_write=much"])
+
+
+@pytest.mark.parametrize("option", ["state=", "images=", "image=", "backend=", "env_file="])
+def test_an_empty_option_is_named_with_the_remedy(place, option):
+    places = option in ("state=", "images=")
+    words = ["is empty", "leave it out"] if places else ["takes"]
+    refuse(place, *([] if option == "images=" else [f"images={IMAGES}"]), option, names=[f"-o {option}", *words])
 
 
 @pytest.mark.parametrize("option", ["--bogus", "-q"])
@@ -151,6 +172,23 @@ def test_without_dev_fuse_the_remedy_is_told(place):
     )
     assert done.returncode > 0
     assert "/dev/fuse" in done.stderr and "modprobe" in done.stderr
+
+
+def test_a_dev_fuse_that_cannot_be_opened_is_told_with_the_remedy(place):
+    # On a file system with nodev it is a name only, for root, too.
+    script = 'mount -t tmpfs -o nodev none /dev && mknod -m 666 /dev/fuse c 10 229 && exec "$@"'
+    for extra in ([], ["-f"]):
+        argv = [VMSFS, str(place / "vms"), "-o", f"state={place}/state,images={IMAGES}", *extra]
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", script, "sh", *argv],
+            capture_output=True,
+            timeout=30,
+            env=environment(),
+            text=True,
+        )
+        assert done.returncode > 0
+        assert "/dev/fuse cannot be opened: Permission denied" in done.stderr and "chmod 666 /dev/fuse" in done.stderr
+        assert not (place / "state").exists()
 
 
 def test_the_mount_is_named_after_its_source_and_type(daemon):

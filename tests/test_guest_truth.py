@@ -139,6 +139,16 @@ def test_a_guest_that_appends_and_a_host_that_sets_at_once(clear):
     assert len(there) >= 10, f"lines of the guest are lost: {sorted(there)}"
 
 
+def test_what_a_killed_shell_has_left_is_no_part_of_the_file(clear):
+    write(clear.env("OURS"), "1\n")
+    clear.ssh(f"{{ cat {ENV_FILE}; head -c 5000 /dev/zero | tr '\\0' x; }} > {ENV_FILE}.tmp")
+    write(clear.env("OURS"), "2\n")
+    assert guest_keys(clear) == ["OURS"]
+    assert clear.value("OURS") == b"2"
+    assert b"xxx" not in guest_file(clear)
+    assert clear.ssh(f"stat -c %a {ENV_FILE}; ls {ENV_FILE}.tmp /run/vmsfs* 2>/dev/null; :") == b"644\n"
+
+
 def test_what_is_no_export_is_kept(clear):
     text = "# a comment of mine\numask 027\nif [ -t 0 ]; then\n    export INSIDE=x\nfi\nalias ll='ls -l'\nexport PATH=\"$PATH:/opt/x\"\n"
     clear.ssh(f"printf %s {shlex.quote(text)} > {ENV_FILE}; echo 'export MINE=1' >> {ENV_FILE}")
@@ -153,6 +163,34 @@ def test_what_is_no_export_is_kept(clear):
     assert clear.exec("umask") .strip() in (b"0027", b"027")
     clear.ssh(f"rm {ENV_FILE}")
     wait_for(lambda: keys(clear) == [], "nothing", SOON)
+
+
+def test_lines_of_others_still_see_the_variables_that_they_use(clear):
+    """Each kept line means what it meant, however often the file is written; and what is in env/ holds."""
+    text = (
+        "export JAVA_HOME=/opt/java\n"
+        'export PATH="$JAVA_HOME/bin:$PATH"\n'
+        "B2=$JAVA_HOME\n"
+        "export B3=$B2\n"
+        "export LEVEL=1\n"
+        "export LEVEL=${LEVEL}0\n"
+    )
+    clear.ssh(f"printf %s {shlex.quote(text)} > {ENV_FILE}")
+    wait_for(lambda: keys(clear) == ["JAVA_HOME", "LEVEL"], "the plain ones", SOON)
+    for number in range(3):
+        write(clear.env("NEW"), f"{number}\n")
+        assert sourced(clear, "PATH").startswith(b"/opt/java/bin:/"), guest_file(clear)
+        assert sourced(clear, "B3") == b"/opt/java"
+        assert sourced(clear, "LEVEL") == b"1"
+        assert clear.exec("echo $B3 $NEW") == b"/opt/java %d\n" % number
+        size = len(guest_file(clear)) if number == 0 else size
+        assert len(guest_file(clear)) == size
+    assert keys(clear) == ["JAVA_HOME", "LEVEL", "NEW"]
+    write(clear.env("JAVA_HOME"), "/opt/other\n")
+    assert sourced(clear, "B3") == sourced(clear, "JAVA_HOME") == b"/opt/other"
+    os.unlink(clear.env("JAVA_HOME"))
+    assert "JAVA_HOME" not in guest_keys(clear)
+    assert sourced(clear, "B3") == b""
 
 
 # --- SmolVM's file ---

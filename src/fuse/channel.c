@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "fuse/internal.h"
+#include "util/buf.h"
 #include "util/errors.h"
 #include "util/log.h"
 #include "vm/daemon.h"
@@ -51,6 +52,22 @@ static void fuse_channel_readable(uv_poll_t *poll, int status, int events) {
     }
 }
 
+/* What libfuse has said about the options; its log function is given nothing of ours. */
+static struct buf channel_said;
+
+static void channel_listen(enum fuse_log_level level, const char *format, va_list args) {
+    (void)level;
+    buf_vprintf(&channel_said, format, args);
+}
+
+/* It names what it does not know or cannot read; where to look is for us to say. */
+static void channel_explain(void) {
+    const char *said = channel_said.len ? channel_said.data : "out of memory";
+    if (strncmp(said, "fuse: ", 6) == 0)
+        said += 6;
+    fprintf(stderr, "vmsfs: %.*s; vmsfs -h lists them\n", (int)strcspn(said, "\n"), said);
+}
+
 struct fuse_channel *fuse_channel_new(struct daemon *d, int argc, char **argv, struct node *root) {
     struct fuse_channel *channel = calloc(1, sizeof *channel);
     if (!channel)
@@ -63,7 +80,14 @@ struct fuse_channel *fuse_channel_new(struct daemon *d, int argc, char **argv, s
     list_init(&channel->handles);
     list_init(&channel->dirs);
     channel->last_inode = FUSE_ROOT_ID;
+    fuse_set_log_func(channel_listen);
     channel->session = fuse_session_new(&args, &fuse_channel_ops, sizeof fuse_channel_ops, channel);
+    fuse_set_log_func(NULL);
+    if (!channel->session)
+        channel_explain();
+    else if (channel_said.len)
+        fputs(channel_said.data, stderr);
+    buf_free(&channel_said);
     fuse_opt_free_args(&args);
     if (!channel->session) {
         free(channel);

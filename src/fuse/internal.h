@@ -22,6 +22,8 @@ struct fuse_channel {
     uv_timer_t doubts;      /* looks again at requests whose asker has a harmless signal */
     struct list parked;     /* of fuse_request */
     struct list removals;   /* of removal: let go of, and not yet asked for again */
+    uint64_t vain_dir;      /* id of a node where a removal has waited in vain; 0: none */
+    uint64_t vain_at;       /* uv_now() */
     struct list handles;    /* of handle: open files */
     struct list dirs;       /* of ops_dir: open directories */
     struct inode_index inodes;

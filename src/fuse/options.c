@@ -1,7 +1,9 @@
 #include "fuse/options.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <fuse_opt.h>
+#include <mntent.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +14,7 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "util/fs.h"
 #include "util/number.h"
 #include "vm/image.h"
 #include "vm/spool.h"
@@ -211,7 +214,23 @@ static bool options_take_environment(struct raw_options *raw) {
     return option_say_why("VMSFS_BACKEND", why);
 }
 
+/* An empty path would be the current directory, an empty name nothing that can be looked for. */
+static bool texts_are_given(const struct raw_options *raw) {
+    const struct {
+        const char *name, *text;
+    } texts[] = {{"state", raw->state}, {"images", raw->images}};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        if (texts[i].text && !texts[i].text[0]) {
+            fprintf(stderr, "vmsfs: -o %s= is empty: give it a value, or leave it out\n",
+                    texts[i].name);
+            return false;
+        }
+    return true;
+}
+
 static bool options_take(struct raw_options *raw, struct settings *s) {
+    if (!texts_are_given(raw))
+        return false;
     s->config = raw->config;
     raw->config = (struct vm_config){0};
     s->state_dir = raw->state ? absolute_path(raw->state) : default_state_dir();
@@ -302,11 +321,33 @@ void options_free_arguments(struct options *options) {
     fuse_opt_free_args(&args);
 }
 
+/* Clears away what a daemon of ours that was killed has left mounted there. Its state directory
+ * says whether it still lives, not its mount. */
+static bool clear_dead_mount(const char *path) {
+    const char *const unmount[] = {"fusermount3", "-uz", path, NULL};
+    size_t length = strlen(path);
+    bool ours = false;
+    while (length > 1 && path[length - 1] == '/')
+        length--;
+    struct mntent *entry;
+    FILE *mounts = setmntent("/proc/self/mounts", "r");
+    if (!mounts)
+        return false;
+    while ((entry = getmntent(mounts)))
+        if (strlen(entry->mnt_dir) == length &&
+            memcmp(entry->mnt_dir, path, length) == 0) /* the last one is on top */
+            ours = strcmp(entry->mnt_type, "fuse.vmsfs") == 0;
+    endmntent(mounts);
+    if (!ours || fs_run(unmount) < 0)
+        return false;
+    fprintf(stderr, "vmsfs: %s was still the mount of a daemon that has died: cleared away\n",
+            path);
+    return true;
+}
+
 static bool check_mountpoint(const char *path) {
     struct stat st;
     struct statfs fs;
-    if (strncmp(path, "/dev/fd/", 8) == 0)
-        return true;
     /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its
      * daemon lives. */
     if (stat(path, &st) == 0 && statfs(path, &fs) == 0) {
@@ -314,6 +355,8 @@ static bool check_mountpoint(const char *path) {
             return true;
         errno = ENOTDIR;
     }
+    if (errno == ENOTCONN && clear_dead_mount(path))
+        return check_mountpoint(path);
     if (errno == ENOTCONN)
         fprintf(stderr,
                 "vmsfs: %s is the mount of a daemon that has died: clear it away with "
@@ -327,18 +370,33 @@ static bool check_mountpoint(const char *path) {
     return false;
 }
 
+/* libfuse, or fusermount3 with the rights of its caller, will open it. */
+static bool check_device(void) {
+    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+    if (fd >= 0) {
+        close(fd);
+        return true;
+    }
+    if (errno == ENOENT || errno == ENODEV || errno == ENXIO)
+        fprintf(stderr,
+                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
+    else
+        fprintf(stderr,
+                "vmsfs: /dev/fuse cannot be opened: %s: let everybody, as Debian does, with chmod "
+                "666 /dev/fuse; a container has to be given the device\n",
+                strerror(errno));
+    return false;
+}
+
 bool options_check(const struct options *options, char **ret_backend) {
     const struct vm_config *config = &options->settings.config;
     const struct vmm_ops *backend;
     struct image image;
     cleanup_free char *why = NULL;
-    if (!check_mountpoint(options->settings.mountpoint))
+    /* What mount(8) has opened and mounted already is neither looked for nor opened. */
+    if (strncmp(options->settings.mountpoint, "/dev/fd/", 8) != 0 &&
+        (!check_mountpoint(options->settings.mountpoint) || !check_device()))
         return false;
-    if (access("/dev/fuse", F_OK) < 0) {
-        fprintf(stderr,
-                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
-        return false;
-    }
     if (vmm_find(config->backend, &backend, &why) < 0)
         return option_say_why("-o backend", why);
     *ret_backend = why;

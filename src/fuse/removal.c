@@ -4,7 +4,7 @@
 
 #include "fuse/internal.h"
 #include "util/errors.h"
-#include "vm/daemon.h"
+#include "vm/vm.h"
 
 /* UNLINK and RENAME hold the kernel's lock of the directory, where everybody else who wants a name
  * in it waits beyond the reach of a signal. So one that takes long is let go of: it is answered
@@ -14,9 +14,12 @@
  * question waits here for the verdict; the UNLINK or RENAME that follows is given it.
  *
  * Who names the file by the directory itself (`cd env; rm KEY`, unlinkat(2) with its descriptor)
- * has no such LOOKUP: its second try waits with the lock, until it is answered. */
+ * has no such LOOKUP: its second try waits with the lock, and there is no third. So it is given
+ * less time than others; and none, when another has just had it in vain. */
 
 #define REMOVAL_PATIENCE_MS 100 /* with the lock */
+#define REMOVAL_MOST_MS 800     /* from the start, with the lock again */
+#define REMOVAL_VAIN_MS 2000    /* how long that counts */
 #define REMOVAL_RETURN_MS 5000  /* the kernel comes back at once, unless its process was killed */
 
 struct removal {
@@ -32,7 +35,8 @@ struct removal {
     struct fuse_request *r;      /* what the tree works on; NULL: it has answered `status` */
     struct fuse_request *lookup; /* waits for the answer; NULL: none */
     int status;
-    bool let_go; /* it is once only */
+    bool let_go;    /* it is once only */
+    uint64_t begun; /* uv_now() */
     uv_timer_t *timer;
 };
 
@@ -94,6 +98,7 @@ void removal_begin(struct fuse_request *r, struct node *dir, const char *name, s
         removal->new_child = removal_child(new_dir, new_name);
     }
     removal->flags = flags;
+    removal->begun = uv_now(r->channel->daemon->loop);
     removal->timer = malloc(sizeof *removal->timer);
     if (removal->timer) {
         uv_timer_init(r->channel->daemon->loop, removal->timer);
@@ -124,6 +129,8 @@ void removal_wait(struct removal *removal) {
 
 bool removal_answered(struct fuse_request *r, int status) {
     struct removal *removal = r->removal;
+    if (status == 0)
+        r->channel->vain_dir = 0;
     if (r->req) {
         r->removal = NULL;
         removal_free(removal);
@@ -141,6 +148,48 @@ bool removal_answered(struct fuse_request *r, int status) {
     return true;
 }
 
+static void removal_explain(const struct removal *removal) {
+    const struct node *dir = removal->dir;
+    const char *to = removal->new_dir ? " to " : "";
+    bool is_inside = dir->parent && dir->parent->vm == dir->vm; /* env, and not the VM's own */
+    if (!dir->vm)
+        return;
+    vm_fail(dir->vm, -ERR_TIMED_OUT,
+            "%s%s%s%s%s: the guest does not answer; when it does, it may still be done. By way of "
+            "an open directory (after cd, by rm -r or find) this waits for %d ms only, since it "
+            "holds up everybody there; given its whole path it waits for %u ms",
+            is_inside ? dir->name : "", is_inside ? "/" : "", removal->name, to,
+            *to ? removal->new_name : "", REMOVAL_MOST_MS, dir->daemon->settings.timeout);
+}
+
+/* It has had the lock for long enough. */
+static void removal_is_overdue(uv_timer_t *timer) {
+    struct removal *removal = timer->data;
+    struct fuse_request *r = removal->r;
+    fuse_req_t req = r->req;
+    fuse_req_interrupt_func(req, NULL, NULL);
+    r->req = NULL;
+    fuse_request_cancel(r, -ERR_INTERRUPTED); /* answers into `status` */
+    int status = removal->status;
+    if (status == -ERR_INTERRUPTED) {
+        status = -ERR_TIMED_OUT;
+        removal_explain(removal);
+    }
+    removal->channel->vain_dir = removal->dir->id;
+    removal->channel->vain_at = uv_now(timer->loop);
+    removal_free(removal);
+    fuse_reply_err(req, error_to_user(status));
+}
+
+/* How long it may have the lock again. */
+static uint64_t removal_time_left(const struct removal *removal) {
+    const struct fuse_channel *channel = removal->channel;
+    uint64_t now = uv_now(channel->daemon->loop), waited = now - removal->begun;
+    bool in_vain =
+        channel->vain_dir == removal->dir->id && now - channel->vain_at < REMOVAL_VAIN_MS;
+    return in_vain || waited >= REMOVAL_MOST_MS ? 0 : REMOVAL_MOST_MS - waited;
+}
+
 bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct node *dir,
                     const char *name, const struct node *new_dir, const char *new_name,
                     unsigned flags) {
@@ -155,9 +204,9 @@ bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct n
         fuse_reply_err(req, error_to_user(status));
         return true;
     }
-    uv_timer_stop(removal->timer);
     list_remove(&removal->link);
     fuse_request_attach(removal->r, req);
+    uv_timer_start(removal->timer, removal_is_overdue, removal_time_left(removal), 0);
     return true;
 }
 

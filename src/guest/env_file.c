@@ -1,6 +1,7 @@
 #include "guest/env_file.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "guest/sh_scan.h"
@@ -183,25 +184,88 @@ static void append_lines(struct buf *out, const char *lines, size_t length) {
         buf_append_char(out, '\n');
 }
 
+static void append_export(struct buf *out, const struct env_var *var) {
+    buf_append_str(out, "export ");
+    buf_append(out, var->name, var->name_length);
+    buf_append_char(out, '=');
+    env_quote(out, var->value, var->length);
+    buf_append_char(out, '\n');
+}
+
+static int name_compare(const void *key, const void *element) {
+    const struct env_var *a = key, *b = element;
+    size_t shorter = a->name_length < b->name_length ? a->name_length : b->name_length;
+    int order = memcmp(a->name, b->name, shorter);
+    return order ? order : (a->name_length > shorter) - (b->name_length > shorter);
+}
+
+/* Is this word of a line of others one that runs, or names, what cannot be read there? */
+static bool word_hides_names(const char *word, size_t length, const char *rest, const char *end) {
+    static const struct {
+        const char *word;
+        bool of_expansion;
+    } words[] = {
+        {".", false}, {"source", false}, {"eval", false}, {"export", true}, {"unset", true}};
+    while (rest < end && sh_is_one_of((unsigned char)*rest, " \t\""))
+        rest++;
+    bool expansion = rest < end && (*rest == '$' || *rest == '`');
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (length == strlen(words[i].word) && !memcmp(word, words[i].word, length))
+            return expansion || !words[i].of_expansion;
+    return false;
+}
+
+/* Marks the variables that are named as a word in lines of others. Quotes, backslashes and
+ * continued lines within a word are nothing to the shell, nor are they here. */
+static void named_mark(bool *named, const struct env_var *vars, size_t count, const char *lines,
+                       size_t length) {
+    char word[NAME_MOST];
+    size_t n = 0;
+    for (size_t i = 0; count && i <= length; i++) {
+        char c = i < length ? lines[i] : '\n';
+        if (sh_is_name_char((unsigned char)c) || c == '.') { /* `.` is a command */
+            if (n < sizeof word)
+                word[n] = c;
+            n++;
+        } else if (sh_is_one_of((unsigned char)c, "'\"\\")) {
+            i += c == '\\' && i + 1 < length && lines[i + 1] == '\n';
+        } else if (n) {
+            if (n <= sizeof word) {
+                struct env_var key = {.name = word, .name_length = n};
+                const struct env_var *var = bsearch(&key, vars, count, sizeof *vars, name_compare);
+                if (var)
+                    named[var - vars] = true;
+                if (word_hides_names(word, n, lines + i, lines + length))
+                    memset(named, true, count);
+            }
+            n = 0;
+        }
+    }
+}
+
 void env_file_format(struct buf *out, const struct env_var *vars, size_t count, const char *kept,
                      size_t kept_length) {
+    cleanup_free bool *named = calloc(count + 1, sizeof *named);
+    if (!named) {
+        out->failed = -ENOMEM;
+        return;
+    }
     for (size_t i = 0; i < sizeof header_lines / sizeof *header_lines; i++) {
         buf_append_str(out, header_lines[i]);
         buf_append_char(out, '\n');
     }
-    /* What is left open at the end of `kept` would swallow the exports: it goes behind them. */
+    for (size_t i = 0; i < count; i++)
+        append_export(out, &vars[i]);
+    /* What is left open at the end of `kept` would swallow what follows: it goes behind all. */
     struct sh_scan s;
     size_t complete = 0;
     for (sh_scan_init(&s, kept, kept_length); s.at < kept_length && sh_line_skip(&s);)
         complete = s.at;
     append_lines(out, kept, complete);
-    for (size_t i = 0; i < count; i++) {
-        buf_append_str(out, "export ");
-        buf_append(out, vars[i].name, vars[i].name_length);
-        buf_append_char(out, '=');
-        env_quote(out, vars[i].value, vars[i].length);
-        buf_append_char(out, '\n');
-    }
+    named_mark(named, vars, count, kept, complete);
+    for (size_t i = 0; i < count; i++)
+        if (named[i])
+            append_export(out, &vars[i]);
     if (complete < kept_length)
         buf_append(out, kept + complete, kept_length - complete);
 }

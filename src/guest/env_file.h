@@ -28,17 +28,18 @@ struct env_var {
     size_t length;
 };
 
-/* Appends the whole file: header, `kept` (lines of others, verbatim; may be empty), then one line a
- * variable in the order given. So a variable of `vars` wins over what a line of others does to it,
- * wherever that line once stood. A last line of `kept` gets its newline. What env_file_parse left
- * unread at the end of `kept` (see there) stands behind the variables instead, where it cannot
- * swallow them. */
+/* Appends the whole file: header, one line a variable, `kept` (lines of others, verbatim; may be
+ * empty), then once more the lines of those variables that `kept` names as a word, or of all when
+ * it runs what cannot be seen (`.`, `eval`, `export $x`). So lines of others see the variables, and
+ * a variable of `vars` wins over what they do to it, wherever they once stood. `vars` are in the
+ * order of their names, each once. A last line of `kept` gets its newline. What env_file_parse left
+ * unread at the end of `kept` (see there) stands behind all that, where it cannot swallow it. */
 void env_file_format(struct buf *out, const struct env_var *vars, size_t count, const char *kept,
                      size_t kept_length);
 
-/* Receives each variable in the order of the file; a name may come twice, the later one counts.
- * `var` and its strings are valid during the call. A negative return ends the reading and is
- * returned. */
+/* Receives each variable in the order of the file; a name may come twice (it does in what
+ * env_file_format writes), the later one counts. `var` and its strings are valid during the call. A
+ * negative return ends the reading and is returned. */
 typedef int env_file_var(void *arg, const struct env_var *var);
 
 /* Reads an env file. A line of commands `export NAME=word` (one or several, by `;`, each with one
@@ -53,7 +54,8 @@ typedef int env_file_var(void *arg, const struct env_var *var);
  * the first line on whose end is not certain (open quotes, a syntax error, grammar beyond POSIX, a
  * NUL) nothing more is taken, and the rest of the text goes to `kept` as it is.
  *
- * Formatting what was read and reading it again gives the same variables and the same `kept`.
- * `kept` must not be NULL, and is appended to. Returns 0, -ENOMEM or what the callback returned. */
+ * Formatting what was read and reading it again gives the same variables and the same `kept`, and
+ * these the same file. `kept` must not be NULL, and is appended to. Returns 0, -ENOMEM or what the
+ * callback returned. */
 int env_file_parse(const char *text, size_t length, env_file_var *on_var, void *arg,
                    struct buf *kept);

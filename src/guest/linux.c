@@ -15,10 +15,10 @@ static void linux_quoted(struct buf *out, const char *s) {
     env_quote(out, s, strlen(s));
 }
 
+/* LC_ALL=C: bytes are bytes. Descriptor 8: see linux_control_script. */
 static void linux_control_shell(struct buf *out) {
-    /* LC_ALL=C: bytes are bytes. $VMSFS_SEEN: see linux_env_read(). */
-    buf_append_str(out, "umask 022; d=/run; [ -w $d ] || d=$(mktemp -d) || exit 1; "
-                        "exec env LC_ALL=C VMSFS_SEEN=$d/vmsfs-seen.$$ /bin/sh");
+    buf_append_str(out, "umask 022; s=/run/vmsfs-seen.$$; [ -w /run ] || s=$(mktemp) || exit 1; "
+                        "exec env LC_ALL=C VMSFS_SEEN=\"$s\" /bin/sh 8>>\"$s\"");
 }
 
 static void linux_control_request(struct buf *out, const char *nonce, const char *script,
@@ -39,57 +39,63 @@ static bool linux_name_is_reserved(const char *name) {
     return strncmp(name, "_vmsfs_", 7) == 0;
 }
 
-/* The file that was seen last is held open as descriptor 7, so that its inode number is not given
+/* What the resident shell is taught when it starts: reading the env file and replacing it, as
+ * functions, because a shell in an emulated guest takes long to parse a script.
+ *
+ * The file that was seen last is held open as descriptor 7, so that its inode number is not given
  * to another: a file that has come by rename is told from it by -ef. One that was changed in place
- * is newer than $VMSFS_SEEN, a file made when it was seen. busybox compares whole seconds; so a
- * reading first sets the times of both to one long past, and any change after that is newer. (Our
- * own update cannot do so without another fork; that is why a reading follows it when there is
- * time.) Only built-ins otherwise, which cost no fork; `command` and `true`, because a special
- * built-in whose redirection fails ends the shell (POSIX, 2.8.1). */
+ * is longer, or newer than what descriptor 8 is open on, a file without a name that is written to
+ * when the other is seen. (Truncating that one would be half of the cost of an update.) busybox
+ * compares whole seconds; so a reading first sets the times of both to one long past, and any
+ * change after that is newer. (Our own update cannot do so without another fork; that is why a
+ * reading follows it when there is time.) Our update is stamped before it gets its name: whoever
+ * changes it under that name comes later.
+ *
+ * Only built-ins otherwise, which cost no fork; `command` and `true`, because a special built-in
+ * whose redirection fails ends the shell (POSIX, 2.8.1). A temporary file that was left behind is
+ * emptied, because 7<> does not. busybox's printf fails without a word; dd has one. */
+static const char linux_control_script[] =
+    "vmsfs_read() {\n" /* FILE LIMIT */
+    "if ! [ -e \"$1\" ]; then command exec 7<&-; return %d; fi\n"
+    "command exec 7<\"$1\" || return 1\n"
+    "true >/proc/$$/fd/8; touch -r /etc/passwd \"$1\" /proc/$$/fd/8 2>/dev/null\n"
+    "head -c \"$2\" <&7\n"
+    "}\n"
+    "vmsfs_write() {\n" /* FILE BYTES */
+    "{ ! [ -s \"$1.tmp\" ] || true >\"$1.tmp\"; } && command exec 7<>\"$1.tmp\" &&\n"
+    "printf %%s \"$2\" >&7 && { echo >&8; mv -f \"$1.tmp\" \"$1\"; } && return\n"
+    "dd if=/dev/zero of=\"$1.tmp\" bs=1024 count=$((${#2} / 1024 + 1)); rm -f \"$1.tmp\"\n"
+    "return 1\n"
+    "}\n"
+    "vmsfs_create() {\n" /* FILE BYTES: there was none */
+    "! [ -e \"$1\" ] || return %d\n"
+    "[ -d \"${1%%/*}/\" ] || mkdir -p \"${1%%/*}/\"\n"
+    "vmsfs_write \"$1\" \"$2\"\n"
+    "}\n"
+    "vmsfs_replace() {\n" /* FILE BYTES: the file as it was seen */
+    "if ! [ \"$1\" -ef /proc/$$/fd/7 ] || [ \"$1\" -nt /proc/$$/fd/8 ] ||\n"
+    "read -r x <&7 || [ -n \"$x\" ]; then return %d; fi\n"
+    "vmsfs_write \"$1\" \"$2\"\n"
+    "}\n"
+    "rm -f \"$VMSFS_SEEN\" 2>/dev/null\n";
+
 static void linux_env_read(struct buf *out, const char *path) {
-    cleanup_buf struct buf target = {0};
-    linux_quoted(&target, path);
-    out->failed |= target.failed;
-    if (!out->failed)
-        buf_printf(
-            out,
-            "if ! [ -e %s ]; then command exec 7<&-; (exit %d); "
-            "elif command exec 7<%s; then true >\"$VMSFS_SEEN\"; "
-            "touch -r /etc/passwd %s \"$VMSFS_SEEN\" 2>/dev/null; head -c %d <&7; else false; fi",
-            target.data, GUEST_ABSENT, target.data, target.data, GUEST_ENV_LIMIT + 1);
+    buf_append_str(out, "vmsfs_read ");
+    linux_quoted(out, path);
+    buf_printf(out, " %d", GUEST_ENV_LIMIT + 1);
 }
 
 static void linux_env_replace(struct buf *out, const char *path, const char *bytes, size_t length,
                               bool absent) {
-    cleanup_buf struct buf target = {0}, temporary = {0};
-    linux_quoted(&target, path);
-    buf_printf(&temporary, "%s.tmp", path);
-    cleanup_buf struct buf t = {0}, folder = {0};
-    linux_quoted(&t, temporary.data);
-    env_quote(&folder, path, (size_t)(strrchr(path, '/') - path));
-    out->failed |= target.failed | temporary.failed | t.failed | folder.failed;
-    if (out->failed)
-        return;
-    if (absent)
-        buf_printf(out, "if [ -e %s ]", target.data);
-    else
-        buf_printf(out,
-                   "if ! [ %s -ef /proc/$$/fd/7 ] || [ %s -nt \"$VMSFS_SEEN\" ] || "
-                   "read -r x <&7 || [ -n \"$x\" ]",
-                   target.data, target.data);
-    buf_printf(out, "; then (exit %d); elif { [ -d %s ] || mkdir -p %s; } && ", GUEST_CHANGED,
-               folder.data, folder.data);
-    buf_printf(out, "true >%s && command exec 7<>%s && printf %%s ", t.data, t.data);
+    buf_append_str(out, absent ? "vmsfs_create " : "vmsfs_replace ");
+    linux_quoted(out, path);
+    buf_append_char(out, ' ');
     env_quote(out, bytes, length);
-    buf_printf(out,
-               " >&7 && mv -f %s %s; then true >\"$VMSFS_SEEN\"; true; "
-               /* busybox's printf fails without a word; dd has one. */
-               "else dd if=/dev/zero of=%s bs=1024 count=%zu; rm -f %s; false; fi",
-               t.data, target.data, t.data, length / 1024 + 1, t.data);
 }
 
 /* Field 5 of /proc/PID/stat is the process group (proc(5)). */
 static void linux_control_hello(struct buf *out) {
+    buf_printf(out, linux_control_script, GUEST_ABSENT, GUEST_CHANGED, GUEST_CHANGED);
     buf_append_str(
         out, "read -r a b c d g e </proc/$$/stat; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
 }

@@ -307,6 +307,11 @@ int ssh_pool_exec(struct ssh_pool *pool, const char *command,
     return 0;
 }
 
+void ssh_pool_hold(struct ssh_pool *pool, bool hold) {
+    for (struct list *l = pool->members.next; l != &pool->members; l = l->next)
+        ssh_session_hold(MEMBER(l)->session, hold);
+}
+
 void ssh_pool_close(struct ssh_pool *pool) {
     if (pool->closing)
         return;

@@ -432,6 +432,17 @@ static void session_on_timer(uv_timer_t *handle) {
     session_leave(session);
 }
 
+void ssh_session_hold(struct ssh_session *session, bool hold) {
+    if (session->gone || session->state != SESSION_UP)
+        return;
+    session->asked = 0;
+    session->transport.heard = uv_now(session->transport.loop);
+    if (hold)
+        uv_timer_stop(&session->uv.timer);
+    else
+        uv_timer_start(&session->uv.timer, session_on_timer, session->target.timeout / 3, 0);
+}
+
 void session_schedule(struct ssh_session *session) {
     if (!session->gone && session->state != SESSION_DOWN)
         uv_idle_start(&session->uv.idle, session_on_idle);

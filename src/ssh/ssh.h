@@ -56,6 +56,9 @@ int ssh_session_open(uv_loop_t *loop, const struct ssh_target *target,
  * that want closed() close channels first. */
 void ssh_session_close(struct ssh_session *session);
 
+/* The server is known to stand still, or to go on: meanwhile its silence is no loss. */
+void ssh_session_hold(struct ssh_session *session, bool hold);
+
 struct ssh_channel;
 
 enum ssh_end {
@@ -136,6 +139,9 @@ int ssh_pool_new(uv_loop_t *loop, const struct ssh_target *target, unsigned idle
 int ssh_pool_exec(struct ssh_pool *pool, const char *command,
                   const struct ssh_channel_events *events, void *arg,
                   struct ssh_channel **ret_channel);
+
+/* ssh_session_hold() for all of its connections. */
+void ssh_pool_hold(struct ssh_pool *pool, bool hold);
 
 /* Closes every connection; channels get closed() as SSH_LOST first, from inside this call. */
 void ssh_pool_close(struct ssh_pool *pool);

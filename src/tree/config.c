@@ -203,6 +203,10 @@ static void config_dir_unlink(struct node *dir, const char *name, struct request
         scratch_unlink(dir, scratch, false, rq);
         return;
     }
+    if (setting && !dir->vm->gone && vm_guards(dir->vm, rq->pid, false)) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
+        return;
+    }
     if (setting && !dir->vm->gone)
         config_dir_leave(dir, setting);
     request_answer(rq, setting ? 0 : -ERR_NOT_FOUND);

@@ -127,6 +127,10 @@ static void env_unlink(struct node *dir, const char *name, struct request *rq) {
         request_answer(rq, -ERR_NOT_FOUND);
         return;
     }
+    if (vm_guards(dir->vm, rq->pid, false)) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
+        return;
+    }
     struct env_unlink *u = malloc(sizeof *u);
     if (!u || !(u->name = strdup(name))) {
         free(u);

@@ -84,6 +84,10 @@ static void jobs_rmdir(struct node *dir, const char *name, struct request *rq) {
                        strcmp(name, jobs_clone.name) == 0 ? -ERR_NOT_A_DIRECTORY : -ERR_NOT_FOUND);
         return;
     }
+    if (vm_guards(dir->vm, rq->pid, false)) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
+        return;
+    }
     node_forget_child(dir, name);
     job_remove(job);
     request_answer(rq, 0);

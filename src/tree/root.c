@@ -104,6 +104,10 @@ static void root_rmdir(struct node *dir, const char *name, struct request *rq) {
         request_answer(rq, root_is_own(name) ? -ERR_NOT_PERMITTED : -ERR_NOT_FOUND);
         return;
     }
+    if (vm_guards(vm, rq->pid, true)) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
+        return;
+    }
     node_forget_child(dir, name);
     struct root_removal *removal = malloc(sizeof *removal);
     if (!removal) {

@@ -1,3 +1,4 @@
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,15 +25,69 @@ static void status_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
 
+/* One that has polled is told each change, one after the other: what is read from the start of the
+ * file is the oldest that it has not been told. */
+#define STATUS_QUEUE 32
+
+struct status_handle {
+    struct text_handle text;
+    struct vm_wait watch;
+    bool watching;
+    enum vm_state queue[STATUS_QUEUE];
+    unsigned count;
+};
+
+static void status_changed(struct vm_wait *wait, int status) {
+    struct status_handle *h = LIST_OWNER(wait, struct status_handle, watch);
+    struct vm *vm = h->text.handle.node->vm;
+    (void)status;
+    if (h->count == STATUS_QUEUE) /* the newest counts */
+        h->count--;
+    h->queue[h->count++] = vm->state;
+    list_append(&vm->watches, &h->watch.link);
+    if (h->text.handle.wake)
+        h->text.handle.wake(&h->text.handle);
+}
+
 static void status_open(struct node *node, int flags, struct request *rq) {
-    struct text_handle *h = calloc(1, sizeof *h);
+    struct status_handle *h = calloc(1, sizeof *h);
     if (!h) {
         request_answer(rq, -ERR_NO_MEMORY);
         return;
     }
-    handle_init(&h->handle, node, flags);
-    status_generate(node->vm, &h->text);
-    request_answer_opened(rq, &h->handle);
+    handle_init(&h->text.handle, node, flags);
+    list_init(&h->watch.link);
+    h->watch.done = status_changed;
+    status_generate(node->vm, &h->text.text);
+    request_answer_opened(rq, &h->text.handle);
+}
+
+static void status_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
+    struct status_handle *h = (struct status_handle *)handle;
+    if (offset == 0 && h->watching) {
+        struct vm *vm = handle->node->vm;
+        enum vm_state state = h->count ? h->queue[0] : vm->state;
+        if (h->count)
+            memmove(h->queue, h->queue + 1, --h->count * sizeof *h->queue);
+        buf_clear(&h->text.text);
+        buf_printf(&h->text.text, "%s\n", vm_state_name(state));
+    }
+    text_read(handle, length, offset, rq);
+}
+
+static unsigned status_poll(struct handle *handle) {
+    struct status_handle *h = (struct status_handle *)handle;
+    if (!h->watching) {
+        h->watching = true;
+        list_append(&handle->node->vm->watches, &h->watch.link);
+    }
+    return POLLIN | POLLRDNORM | POLLOUT | POLLWRNORM | (h->count ? POLLPRI : 0);
+}
+
+static void status_release(struct handle *handle) {
+    struct status_handle *h = (struct status_handle *)handle;
+    vm_wait_cancel(&h->watch);
+    text_release(handle);
 }
 
 static void status_reached(void *arg, int status, struct request *rq) {
@@ -50,9 +105,9 @@ static void status_write(struct handle *handle, const char *data, size_t length,
     while (word > 0 && (data[word - 1] == '\n' || data[word - 1] == ' '))
         word--;
     int state = vm_state_from_name(data, word);
-    if (state != VM_RUNNING && state != VM_STOPPED) {
+    if (state != VM_RUNNING && state != VM_PAUSED && state != VM_STOPPED) {
         request_answer(rq, vm_fail(vm, -ERR_INVALID,
-                                   "status takes running or stopped, not what was written "
+                                   "status takes running, paused or stopped, not what was written "
                                    "(%zu bytes)",
                                    word));
         return;
@@ -69,8 +124,9 @@ static void status_write(struct handle *handle, const char *data, size_t length,
 const struct node_ops status_ops = {
     .stat = status_stat,
     .open = status_open,
-    .read = text_read,
+    .read = status_read,
     .write = status_write,
-    .release = text_release,
+    .poll = status_poll,
+    .release = status_release,
     .setattr = node_setattr_ignore,
 };

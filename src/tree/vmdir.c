@@ -38,8 +38,9 @@ static bool vmdir_ssh_config(struct vm *vm, struct buf *out) {
 }
 
 static const struct node_row vmdir_rows[] = {
-    {"config", S_IFDIR | 0755, &config_ops, NULL},
+    /* First: what removes all meets a file that no tool replaces (vm_guards). */
     {"console", S_IFREG | 0400, &console_ops, NULL},
+    {"config", S_IFDIR | 0755, &config_ops, NULL},
     {"env", S_IFDIR | 0700, &env_ops, NULL},
     {"environ", S_IFREG | 0600, &environ_ops, NULL},
     {"error", S_IFREG | 0400, &text_ops, vmdir_error},
@@ -224,6 +225,10 @@ static void vmdir_unlink(struct node *dir, const char *name, struct request *rq)
         request_answer(rq, -ERR_IS_A_DIRECTORY);
         return;
     }
+    if (row && !dir->vm->gone && vm_guards(dir->vm, rq->pid, row->ops != &environ_ops)) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
+        return;
+    }
     if (row && row->ops == &environ_ops)
         dir->vm->environ_removed = uv_now(dir->vm->daemon->loop);
     node_forget_child(dir, name);
@@ -239,6 +244,10 @@ static void vmdir_rmdir(struct node *dir, const char *name, struct request *rq) 
     }
     if (row && !S_ISDIR(row->mode)) {
         request_answer(rq, -ERR_NOT_A_DIRECTORY);
+        return;
+    }
+    if (row && !dir->vm->gone && vm_guards(dir->vm, rq->pid, true)) {
+        request_answer(rq, -ERR_NOT_PERMITTED);
         return;
     }
     node_forget_child(dir, name);

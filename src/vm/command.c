@@ -205,6 +205,7 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
             command_output(command, 2, shell->err.held.data, shell->err.held.len);
         command->end = end;
         command->shell = NULL;
+        vm_use(commands->vm);
         commands->failed += end != COMMAND_EXITED || command->status != 0;
     }
     if (shell->closed || !command)
@@ -468,6 +469,18 @@ void commands_stop(struct commands *commands, int status, const char *why) {
     }
 }
 
+void commands_hold(struct commands *commands, bool hold) {
+    if (commands->pool)
+        ssh_pool_hold(commands->pool, hold);
+}
+
+bool commands_are_running(const struct commands *commands) {
+    for (const struct list *l = commands->shells.next; l != &commands->shells; l = l->next)
+        if (LIST_OWNER(l, struct command_shell, link)->command)
+            return true;
+    return false;
+}
+
 void commands_kill_all(struct commands *commands) {
     for (struct list *l = commands->shells.next; l != &commands->shells; l = l->next) {
         struct command_shell *shell = LIST_OWNER(l, struct command_shell, link);
@@ -581,6 +594,7 @@ int command_run(struct vm *vm, const struct command_spec *spec, struct command *
     if (!guest.input)
         ssh_channel_eof(shell->channel);
     commands->started++;
+    vm_use(vm);
     commands_want_spare(commands, COMMAND_SPARE_MS);
     *ret_command = command;
     return 0;

@@ -63,6 +63,9 @@ void commands_start(struct commands *commands);
 void commands_stop(struct commands *commands, int status, const char *why);
 void commands_free(struct commands *commands);
 void commands_kill_all(struct commands *commands);
+bool commands_are_running(const struct commands *commands);
+/* The guest is paused, or goes on. */
+void commands_hold(struct commands *commands, bool hold);
 
 /* Starts a command; the caller gets a reference. -ERR_…: not started, `error` says why. */
 int command_run(struct vm *vm, const struct command_spec *spec, struct command **ret_command);

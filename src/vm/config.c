@@ -17,6 +17,7 @@
 #define CONFIG_BACKEND(name, automatic) #name,
 static const char *const config_backends[] = {"auto", VMM_BACKENDS(CONFIG_BACKEND) NULL};
 #undef CONFIG_BACKEND
+static const char *const config_yes_no[] = {"yes", "no", NULL};
 static const char *const config_shells[] = {"login", "raw", NULL};
 
 #define CONFIG_FIELD(field) .name = #field, .offset = offsetof(struct vm_config, field)
@@ -37,14 +38,21 @@ const struct config_setting config_settings[CONFIG_SETTINGS] = {
      .help = "the variables' file in the guest", .flags = CONFIG_PLACE},
     {CONFIG_FIELD(host_key), .kind = CONFIG_HOST_PATH, .standard = "",
      .otherwise = "what is seen first", .help = "file with the host key of a machine to attach"},
+    {CONFIG_FIELD(idle_timeout), .kind = CONFIG_SECONDS, .least = 0, .most = 31536000,
+     .standard = "0", .help = "stops a VM that nobody uses for so long; 0: never",
+     .flags = CONFIG_LIVE},
     {CONFIG_FIELD(image), .kind = CONFIG_TEXT, .least = 1, .most = PATH_MAX - 1, .standard = "tiny",
      .help = "a folder's name, or its path"},
     {CONFIG_FIELD(key), .kind = CONFIG_HOST_PATH, .standard = "", .otherwise = "the daemon's own",
      .help = "private key for a machine to attach"},
+    {CONFIG_FIELD(lifetime), .kind = CONFIG_SECONDS, .least = 0, .most = 31536000, .standard = "0",
+     .help = "stops a VM after it has run so long; 0: never", .flags = CONFIG_LIVE},
     {CONFIG_FIELD(memory), .kind = CONFIG_SIZE, .least = 16, .most = 1 << 20, .standard = "",
      .otherwise = "what the image says", .help = "memory in MiB"},
     {CONFIG_FIELD(port), .kind = CONFIG_NUMBER, .least = 1, .most = 65535, .standard = "22",
      .help = "SSH port of a machine to attach", .flags = CONFIG_PLACE | CONFIG_MACHINE},
+    {CONFIG_FIELD(protected), .kind = CONFIG_CHOICE, .choices = config_yes_no, .standard = "no",
+     .help = "yes: rmdir and rm -r are refused", .flags = CONFIG_LIVE},
     {CONFIG_FIELD(shell), .kind = CONFIG_CHOICE, .choices = config_shells, .standard = "login",
      .help = "what commands are run by", .flags = CONFIG_LIVE},
     {CONFIG_FIELD(stop_timeout), .kind = CONFIG_SECONDS, .least = 0, .most = 86400,

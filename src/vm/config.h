@@ -26,6 +26,9 @@ struct vm_config {
     unsigned stop_timeout; /* s, for the guest's own power-down */
     char *env_file;        /* in the guest, absolute */
     char *shell;           /* "login" or "raw": what commands are run by */
+    char *protected;       /* "yes": it is not destroyed */
+    unsigned lifetime;     /* s, from running; 0: no end */
+    unsigned idle_timeout; /* s, without anybody asking for anything; 0: no end */
     char *user;            /* whom to log in as; empty: what the image says, else root */
     /* Of an existing machine. */
     char *address;  /* host name or IP address */
@@ -66,7 +69,7 @@ struct config_setting {
     unsigned flags;             /* of CONFIG_LIVE, … */
 };
 
-#define CONFIG_SETTINGS 16
+#define CONFIG_SETTINGS 19
 extern const struct config_setting config_settings[CONFIG_SETTINGS]; /* sorted by name */
 
 /* NULL: there is no such setting. */

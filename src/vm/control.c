@@ -36,6 +36,7 @@ struct control {
     struct ssh_session *session; /* NULL between two attempts */
     struct ssh_channel *shell;
     bool started, up;
+    bool held;
     bool trusted;      /* the host key of this attempt was accepted */
     unsigned retry;    /* ms */
     uv_timer_t *timer; /* retry while there is no session, deadline of the first request while there
@@ -86,7 +87,9 @@ static void control_overdue(uv_timer_t *timer) {
 
 /* The timer follows the first request, whose deadline is the earliest. */
 static void control_watch(struct control *control) {
-    if (list_is_empty(&control->requests)) {
+    if (!control->session)
+        return; /* the timer is that of the next attempt */
+    if (list_is_empty(&control->requests) || control->held) {
         uv_timer_stop(control->timer);
         return;
     }
@@ -261,6 +264,22 @@ void control_again(struct control *control) {
     control->retry = CONTROL_RETRY_MOST_MS;
     control->up = false; /* the loss is no news */
     control_lost(control, -ERR_UNREACHABLE, "the variables could not be brought together");
+}
+
+bool control_is_up(const struct control *control) {
+    return control->up;
+}
+
+void control_hold(struct control *control, bool hold) {
+    if (control->held == hold)
+        return;
+    control->held = hold;
+    if (control->session)
+        ssh_session_hold(control->session, hold);
+    uint64_t deadline = uv_now(control->vm->daemon->loop) + control->vm->daemon->settings.timeout;
+    for (struct list *l = control->requests.next; l != &control->requests; l = l->next)
+        LIST_OWNER(l, struct control_request, link)->deadline = deadline;
+    control_watch(control);
 }
 
 bool control_is_idle(const struct control *control) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "vm/vm.h"
@@ -29,6 +30,12 @@ void control_hurry(struct control *control);
 
 /* Gives up the connection for a new one, after a while: vm_guest_up() comes again. */
 void control_again(struct control *control);
+
+/* Its guest is paused, or goes on: meanwhile silence is no loss, and no deadline passes. */
+void control_hold(struct control *control, bool hold);
+
+/* Does the shell answer? */
+bool control_is_up(const struct control *control);
 
 /* Is nothing waiting for an answer? */
 bool control_is_idle(const struct control *control);

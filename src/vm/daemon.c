@@ -50,6 +50,15 @@ static int daemon_own_directory(const char *path, char **ret_why) {
     return -EPERM;
 }
 
+/* So that who finds it taken can say by whom. */
+static int daemon_sign_lock(const struct daemon *d) {
+    char text[32];
+    int length = snprintf(text, sizeof text, "%d\n", getpid());
+    if (ftruncate(d->lock_fd, 0) < 0 || pwrite(d->lock_fd, text, (size_t)length, 0) < 0)
+        log_warn("cannot write the lock's owner: %s", strerror(errno));
+    return 0;
+}
+
 static int daemon_lock(struct daemon *d, char **ret_why) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/lock", d->settings.state_dir) < 0)
@@ -57,12 +66,15 @@ static int daemon_lock(struct daemon *d, char **ret_why) {
     d->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (d->lock_fd < 0)
         return daemon_fail(ret_why, -errno, "cannot open", path);
+    char owner[32] = "";
     if (flock(d->lock_fd, LOCK_EX | LOCK_NB) == 0)
-        return 0;
+        return daemon_sign_lock(d);
+    if (pread(d->lock_fd, owner, sizeof owner - 1, 0) > 0)
+        owner[strspn(owner, "0123456789")] = '\0';
     if (asprintf(ret_why,
-                 "another vmsfs uses the state directory %s: unmount that one first, or choose "
-                 "another directory with -o state=DIR",
-                 d->settings.state_dir) < 0)
+                 "another vmsfs (process %s) uses the state directory %s: unmount that one first, "
+                 "or choose another directory with -o state=DIR",
+                 owner[0] ? owner : "unknown", d->settings.state_dir) < 0)
         *ret_why = NULL;
     return -EBUSY;
 }
@@ -129,6 +141,11 @@ static void daemon_load_one(struct daemon *d, const char *path) {
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     registry_add(d, vm);
+    if (vm->ephemeral) {
+        log_info("%s: its mount, which was ephemeral, has ended", vm->id);
+        vm_destroy(vm, NULL);
+        return;
+    }
     if (vm->boot_again && vm_boot(vm) < 0)
         log_error("%s: cannot be booted", vm->id);
 }
@@ -145,14 +162,17 @@ static void daemon_clear_one(struct daemon *d, const char *path) {
         fs_remove_all(path);
 }
 
-#define HOUSEKEEPING_MS 5000
+#define HOUSEKEEPING_MS 1000
+#define HOUSEKEEPING_CONSOLE 5 /* of these turns */
 
 static void daemon_keep_house(uv_timer_t *timer) {
     struct daemon *d = timer->data;
     struct vm *vm;
+    bool console = ++d->house_turns % HOUSEKEEPING_CONSOLE == 0;
     RB_FOREACH(vm, vm_index, &d->vms) {
-        if (vm->vmm)
+        if (vm->vmm && console)
             console_bound(vm);
+        vm_check_life(vm);
     }
 }
 

@@ -40,6 +40,7 @@ struct daemon {
     char *key_public; /* its public part, one line */
     uid_t uid;        /* owner of every file of the tree */
     gid_t gid;
+    unsigned house_turns;
     uv_timer_t *housekeeping; /* what has to be looked at every few seconds */
     bool closing;
     uint64_t last_number; /* of VMs; never used twice in a state directory */

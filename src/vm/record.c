@@ -52,6 +52,10 @@ static json_t *record_make(struct vm *vm) {
         "vmm", vmm, "variables", variables);
     if (record)
         machine_save(vm, record);
+    if (record && vm->ephemeral)
+        json_object_set_new(record, "ephemeral", json_true());
+    if (record && vm->running_since.tv_sec)
+        json_object_set_new(record, "running_since", json_integer(vm->running_since.tv_sec));
     if (record && vm->forward.len)
         json_object_set_new(record, "forward", json_stringn(vm->forward.data, vm->forward.len));
     if (record && vm->role == VM_DEFAULTS)
@@ -242,8 +246,11 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     vm->backend_note = note;
     note = NULL;
     vm->attached = json_is_true(json_object_get(record, "attached"));
+    vm->running_since.tv_sec = json_integer_value(json_object_get(record, "running_since"));
     vm->boot_started = uv_now(vm->daemon->loop);
-    vm->state = vm->attached ? VM_UNREACHABLE : VM_BOOTING;
+    const char *state = record_text(record, "state");
+    bool paused = state && strcmp(state, vm_state_name(VM_PAUSED)) == 0 && ops->pause;
+    vm->state = paused ? VM_PAUSED : vm->attached ? VM_UNREACHABLE : VM_BOOTING;
     if (vm->state == VM_BOOTING) {
         vars_assume_injected(vm->vars);
         vm_watch_boot(vm);
@@ -263,10 +270,12 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     const char *id = record_text(record, "id");
     json_int_t number = json_integer_value(json_object_get(record, "number"));
     struct vm *vm = NULL;
-    if (id && vm_id_is_valid(id) && number > 0 && number < UINT32_MAX)
+    if (json_integer_value(json_object_get(record, "version")) != RECORD_VERSION)
+        snprintf(error.text, sizeof error.text, "it is of another version of vmsfs");
+    else if (id && vm_id_is_valid(id) && number > 0 && number < UINT32_MAX)
         vm = vm_new(d, id, (uint64_t)number, dir);
     if (!vm) {
-        log_error("%s is no record of a VM (%s); it is put aside", path, record ? "" : error.text);
+        log_error("%s is no record of a VM (%s); it is put aside", path, error.text);
         json_decref(record);
         return NULL;
     }
@@ -283,6 +292,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     record_configure(vm, json_object_get(record, "config"));
     record_take_prepared(vm, record);
     machine_load(vm, record);
+    vm->ephemeral = json_is_true(json_object_get(record, "ephemeral"));
+    vm_use(vm);
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));
     if (r < 0) {

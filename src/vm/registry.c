@@ -45,7 +45,11 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->number = number;
     vm->state = VM_STOPPED;
     vm->guest = &guest_linux;
+    vm->ephemeral = d->settings.ephemeral;
     list_init(&vm->state_waits);
+    list_init(&vm->watches);
+    list_init(&vm->pause_saved.link);
+    vm->pause_saved.done = vm_settle_saved;
     list_init(&vm->end_waits);
     list_init(&vm->save_waits);
     list_init(&vm->ending);

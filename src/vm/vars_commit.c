@@ -533,6 +533,7 @@ static int vars_enqueue(struct vars *vars, const struct var_change *changes, siz
     ssize_t growth = 0;
     if (vars->vm->gone)
         return -ERR_GONE;
+    vm_use(vars->vm);
     int r = vars_check_state(vars);
     if (r == 0)
         r = vars_check(vars, changes, count, replace, &growth);

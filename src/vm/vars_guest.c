@@ -165,6 +165,7 @@ int vars_refresh(struct vars *vars, struct vm_wait *wait) {
     struct vm *vm = vars->vm;
     if (vm->gone)
         return -ERR_GONE;
+    vm_use(vm);
     if (vm->state == VM_UNREACHABLE)
         return vm_check_running(vm);
     if (vm->state != VM_RUNNING || vars_are_fresh(vars, VAR_FRESH_MS))

@@ -16,6 +16,7 @@
 #include "vm/control.h"
 #include "vm/disk.h"
 #include "vm/machine.h"
+#include "vm/pause.h"
 #include "vm/target.h"
 #include "vm/vars.h"
 #include "vmm/vmm.h"
@@ -32,6 +33,7 @@
 static const char *const vm_state_names[] = {
     [VM_BOOTING] = "booting", [VM_RUNNING] = "running",         [VM_STOPPING] = "stopping",
     [VM_STOPPED] = "stopped", [VM_UNREACHABLE] = "unreachable", [VM_FAILED] = "failed",
+    [VM_PAUSED] = "paused",
 };
 #define VM_STATES (sizeof vm_state_names / sizeof *vm_state_names)
 
@@ -119,15 +121,44 @@ static void vm_settle(struct vm *vm) {
     }
 }
 
+void vm_unsettle(struct vm *vm, int status) {
+    struct list waits, *link;
+    list_init(&waits);
+    list_splice(&waits, &vm->state_waits);
+    while ((link = list_pop(&waits))) {
+        struct vm_wait *wait = LIST_OWNER(link, struct vm_wait, link);
+        wait->done(wait, (int)vm->state == wait->goal ? 0 : status);
+    }
+}
+
+/* A VMM that stands still looks as one that does not, to a later daemon: who asked for it is told
+ * when the record says so. */
+void vm_settle_saved(struct vm_wait *wait, int status) {
+    struct vm *vm = LIST_OWNER(wait, struct vm, pause_saved);
+    (void)status; /* it is so, for as long as this daemon lives; and it is tried again */
+    vm_settle(vm);
+}
+
 void vm_set_state(struct vm *vm, enum vm_state state) {
+    bool told_later = vm->state != state && !vm->gone &&
+                      (state == VM_PAUSED || (vm->state == VM_PAUSED && state == VM_RUNNING));
     if (vm->state != state) {
         log_info("%s: %s", vm->id, vm_state_name(state));
+        if (vm->state == VM_PAUSED)
+            vm_end_pause(vm);
         vm->state = state;
         clock_gettime(CLOCK_REALTIME, &vm->changed);
+        if (state == VM_STOPPED || state == VM_FAILED)
+            vm->running_since = (struct timespec){0};
         if (!vm->gone)
             vm_save(vm);
+        vm_wait_wake(&vm->watches, 0);
     }
-    vm_settle(vm);
+    vm_wait_cancel(&vm->pause_saved);
+    if (told_later)
+        vm_save_for(vm, &vm->pause_saved);
+    else
+        vm_settle(vm);
 }
 
 /* Asked for in vain, perhaps again and again: words, but not over those about a failure of this
@@ -158,6 +189,8 @@ int vm_check_running(struct vm *vm) {
         return -ERR_UNREACHABLE; /* `error` says since when and why */
     case VM_BOOTING:
         return vm_refuse(vm, "`echo running > status` waits until it runs");
+    case VM_PAUSED:
+        return vm_refuse(vm, "`echo running > status` lets it go on");
     case VM_STOPPING:
     case VM_STOPPED:
         return vm_refuse(vm, "`echo running > status` starts it");
@@ -194,8 +227,14 @@ void vm_announce(struct vm *vm) {
     vm->announcing = false;
     uv_timer_stop(vm->timer);
     commands_start(vm->commands);
+    if (!vm->running_since.tv_sec)
+        clock_gettime(CLOCK_REALTIME, &vm->running_since);
+    vm_use(vm);
     vm_set_state(vm, VM_RUNNING);
     vars_resume(vm->vars);
+    if (vm->pause_wanted && vm_pause(vm) < 0)
+        vm_unsettle(vm, -ERR_UNSUPPORTED);
+    vm->pause_wanted = false;
 }
 
 /* The variables of guest and host agree: the guest is ready. */
@@ -253,6 +292,12 @@ void vm_disconnect(struct vm *vm, int status, const char *why) {
 static void vm_vmm_ready(void *arg) {
     struct vm *vm = arg;
     vm_save(vm);
+    if (vm->state == VM_PAUSED) { /* so an earlier daemon has left it, or was about to */
+        vm->vmm->ops->pause(vm->vmm, true, NULL);
+        return;
+    }
+    if (vm->attached && vm->vmm->ops->pause)
+        vm->vmm->ops->pause(vm->vmm, false, NULL);
     control_start(vm->control);
 }
 
@@ -434,7 +479,7 @@ static int vm_start(struct vm *vm) {
     return vm_boot(vm);
 }
 
-static int vm_stop(struct vm *vm) {
+int vm_stop(struct vm *vm) {
     if (!vm->vmm) { /* being prepared, or failed */
         uv_timer_stop(vm->timer);
         vm_set_state(vm, vm->boot ? VM_STOPPING : VM_STOPPED); /* until it can be started again */
@@ -459,8 +504,16 @@ int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait) {
         return -ERR_GONE;
     if (state == VM_RUNNING && vm->state == VM_STOPPING)
         return vm_fail(vm, -ERR_BUSY, "%s is stopping: start it when it has stopped", vm->id);
+    if (state == VM_PAUSED && (vm->state == VM_STOPPING || vm->state == VM_STOPPED ||
+                               vm->state == VM_UNREACHABLE || vm->state == VM_FAILED))
+        return vm_check_running(vm);
+    vm->pause_wanted = state == VM_PAUSED && vm->state == VM_BOOTING;
     if (state == VM_RUNNING && (vm->state == VM_STOPPED || vm->state == VM_FAILED))
         r = vm_start(vm);
+    else if (state == VM_RUNNING && vm->state == VM_PAUSED)
+        r = vm_resume(vm);
+    else if (state == VM_PAUSED && vm->state == VM_RUNNING)
+        r = vm_pause(vm);
     else if (state == VM_STOPPED && vm->state != VM_STOPPED && vm->state != VM_STOPPING)
         r = vm_stop(vm);
     if (r < 0)

@@ -19,11 +19,14 @@
  *          VMM died    v   |                  connection lost v  |   v
  *                    failed  <--- VMM died --- unreachable ---'  stopping ---> stopped
  *
+ * A running VM may be paused, and goes on from there to running, stopping or failed.
+ *
  * Everything that getattr and readdir need is here, in memory. */
 
 enum vm_state {
     VM_BOOTING,
     VM_RUNNING,
+    VM_PAUSED,
     VM_STOPPING,
     VM_STOPPED,
     VM_UNREACHABLE,
@@ -62,7 +65,8 @@ struct vm {
     bool gone;       /* destroyed: what still holds it answers -ERR_GONE */
 
     enum vm_state state;
-    struct list state_waits; /* of vm_wait: woken at each change of state */
+    struct list state_waits; /* of vm_wait: told when their goal is reached, or cannot be */
+    struct list watches;     /* of vm_wait: woken at each change of state */
     struct timespec created, changed;
     uint64_t boot_started; /* ms, of uv_now() */
     uint64_t booted_ms;    /* how long the last boot took; 0: never booted */
@@ -105,9 +109,18 @@ struct vm {
     uv_timer_t *timer;      /* boot deadline */
     uv_timer_t *save_timer; /* see vm_save_soon() */
     struct list ending;     /* in daemon->ending, once it is gone */
-    bool destroying;        /* rmdir has begun */
-    bool attached;          /* the guest of this boot has been heard: its file is the truth */
-    bool announcing;        /* running as soon as the record says that it is attached */
+    bool pausing;           /* the VMM has been asked, or will be (vm/pause.c) */
+    bool pause_wanted;      /* as soon as it runs */
+    uint64_t pause_deadline;
+    struct vm_wait pause_saved;
+    struct timespec running_since; /* 0: it does not run */
+    uint64_t used;                 /* uv_now() when a variable or a command was last asked for */
+    pid_t remover;                 /* see vm_guards() */
+    uint64_t remover_since;
+    bool ephemeral;  /* it ends with the mount that made it */
+    bool destroying; /* rmdir has begun */
+    bool attached;   /* the guest of this boot has been heard: its file is the truth */
+    bool announcing; /* running as soon as the record says that it is attached */
     bool saving, save_again;
     struct list save_waits; /* of vm_wait: see vm_save_for() */
     bool boot_again;        /* the last daemon ended before it had started the VMM */
@@ -131,8 +144,8 @@ int vm_create(struct daemon *d, const char *id, int (*fill)(struct vm *vm, void 
  * told when nothing is left. Works in every state and never fails. */
 void vm_destroy(struct vm *vm, struct vm_wait *wait);
 
-/* Asks for `running` or `stopped`. `wait` is told when it is so, or why it will not be. -ERR_… and
- * no wait when that cannot be asked for in this state. */
+/* Asks for `running`, `paused` or `stopped`. `wait` is told when it is so, or why it will not be.
+ * -ERR_… and no wait when that cannot be asked for in this state. */
 int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait);
 
 /* Do its commands read the start-up files of a login shell? */
@@ -182,9 +195,24 @@ void vm_save_for(struct vm *vm, struct vm_wait *wait);
 /* A VM that is nowhere yet, with one reference. `dir` is its folder. */
 struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir);
 int vm_boot(struct vm *vm);
+int vm_stop(struct vm *vm);
 /* Starts the deadline of a boot. */
 void vm_watch_boot(struct vm *vm);
 void vm_set_state(struct vm *vm, enum vm_state state);
+/* Done of vm->pause_saved. */
+void vm_settle_saved(struct vm_wait *wait, int status);
+/* What was asked for will not be: who waits for another state than this one is told so. */
+void vm_unsettle(struct vm *vm, int status);
+/* Is it to be refused, because the VM is protected? `whole`: what is to be removed goes with the VM
+ * only. Who has tried that is `rm -r` or its like, and from then on may remove nothing of the VM.
+ */
+bool vm_guards(struct vm *vm, pid_t pid, bool whole);
+
+/* Stops it if its time is over. */
+void vm_check_life(struct vm *vm);
+
+/* Somebody has asked for a variable or a command. */
+void vm_use(struct vm *vm);
 /* The record is written: the VM runs. */
 void vm_announce(struct vm *vm);
 /* Ends all that talks to the guest. */

@@ -29,6 +29,7 @@
 #define QEMU_GRACE_MS 1000  /* for an end that has begun, with QMP gone already */
 #define QEMU_RETRY_MS 50    /* between questions for the port */
 #define QEMU_PRESS_MS 2000  /* between presses of the power button */
+#define QEMU_PAUSE_MS 5000  /* QMP's answer to stop and cont */
 #define QEMU_GUEST_SSH 22
 
 enum qemu_stage {
@@ -52,11 +53,12 @@ struct qemu {
     unsigned handles;        /* of these two, not yet closed */
     enum qemu_stage stage;
     bool kvm;
-    uint16_t port;        /* 0: not known yet */
-    unsigned quit_ms;     /* of stop() */
-    char *socket;         /* owned; path */
-    char *log;            /* owned; path, of QEMU's own output */
-    bool powered_off;     /* by the guest, as QMP has told it */
+    uint16_t port;                                          /* 0: not known yet */
+    unsigned quit_ms;                                       /* of stop() */
+    void (*paused)(void *arg, int status, const char *why); /* of pause(); or NULL */
+    char *socket;                                           /* owned; path */
+    char *log;                                              /* owned; path, of QEMU's own output */
+    bool powered_off;                                       /* by the guest, as QMP has told it */
     const char *shutdown; /* why QEMU ends, as QMP has told it; or NULL */
     char killed_for[200]; /* why it had or will have to be killed; or empty */
 };
@@ -314,6 +316,24 @@ static void qemu_on_deadline(uv_timer_t *timer) {
     }
 }
 
+/* ---- pausing ---- */
+
+static void qemu_on_paused(void *arg, int status, const json_t *result, const char *why) {
+    struct qemu *q = arg;
+    void (*done)(void *, int, const char *) = q->paused;
+    (void)result;
+    q->paused = NULL;
+    if (done && q->stage == STAGE_RUNNING)
+        done(q->arg, status, why ? why : "");
+}
+
+static void qemu_pause(struct vmm *vmm, bool paused,
+                       void (*done)(void *arg, int status, const char *why)) {
+    struct qemu *q = qemu_of(vmm);
+    q->paused = done;
+    qmp_command(qemu_connect(q), paused ? "stop" : "cont", NULL, QEMU_PAUSE_MS, qemu_on_paused, q);
+}
+
 /* ---- create and adopt ---- */
 
 static char *path_join(const char *folder, const char *name) {
@@ -526,6 +546,7 @@ const struct vmm_ops qemu_ops = {
     .adopt = qemu_adopt,
     .save = qemu_save,
     .stop = qemu_stop,
+    .pause = qemu_pause,
     .kill = qemu_kill,
     .endpoint = qemu_endpoint,
     .describe = qemu_describe,

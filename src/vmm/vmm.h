@@ -81,6 +81,12 @@ struct vmm_ops {
      * is killed. The end is told by exited(). Calling it again, or kill() later, is allowed. */
     void (*stop)(struct vmm *vmm, unsigned powerdown_ms, unsigned quit_ms);
 
+    /* Stops the guest's CPUs, or lets them go on; `done` (may be NULL) is told with the `arg` of
+     * the events, unless exited() or release() comes first. `why` is valid for the call. NULL: this
+     * backend cannot. */
+    void (*pause)(struct vmm *vmm, bool paused,
+                  void (*done)(void *arg, int status, const char *why));
+
     /* SIGKILL, now. The end is told by exited(). */
     void (*kill)(struct vmm *vmm);
 

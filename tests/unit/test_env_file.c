@@ -43,19 +43,41 @@ static struct buf shell_value(const char *shell, const char *name) {
     return value;
 }
 
-static void formatted_again(const char *text, const struct buf *vars, const struct buf *kept) {
-    struct env_var list[16];
+#define LIST_MOST 16
+
+/* What was gathered, in the order of the names, of each the last. Returns how many. */
+static size_t sorted(struct env_var *list, const struct buf *gathered) {
     size_t count = 0;
-    for (size_t at = 0; at < vars->len && count < 16; at += strlen(vars->data + at) + 1) {
-        const char *name = vars->data + at, *value = strchr(name, '=') + 1;
-        list[count++] = (struct env_var){name, (size_t)(value - name) - 1, value, strlen(value)};
+    for (size_t at = 0; at < gathered->len; at += strlen(gathered->data + at) + 1) {
+        const char *name = gathered->data + at, *value = strchr(name, '=') + 1;
+        size_t length = (size_t)(value - name), place = 0; /* with the `=` */
+        while (place < count && strncmp(list[place].name, name, length) < 0)
+            place++;
+        if (place == count || strncmp(list[place].name, name, length) != 0) {
+            CHECK(count < LIST_MOST);
+            memmove(&list[place + 1], &list[place], (count++ - place) * sizeof *list);
+        }
+        list[place] = (struct env_var){name, length - 1, value, strlen(value)};
     }
-    cleanup_buf struct buf file = {0}, again = {0}, again_kept = {0};
+    return count;
+}
+
+static void formatted_again(const char *text, const struct buf *vars, const struct buf *kept) {
+    struct env_var list[LIST_MOST + 1], list_again[LIST_MOST + 1];
+    size_t count = sorted(list, vars);
+    cleanup_buf struct buf file = {0}, again = {0}, again_kept = {0}, again_file = {0};
     env_file_format(&file, list, count, kept->data, kept->len);
     CHECK(!env_file_parse(file.data, file.len, gather, &again, &again_kept));
-    CHECK_SAID(check_same(vars->data, vars->len, again.data, again.len) &&
-                   check_same(kept->data, kept->len, again_kept.data, again_kept.len),
-               "not the same after <%s> was written as <%s>", text, file.data);
+    CHECK_SAID(check_same(kept->data, kept->len, again_kept.data, again_kept.len),
+               "other lines are kept after <%s> was written as <%s>", text, file.data);
+    size_t count_again = sorted(list_again, &again);
+    CHECK_SAID(count == count_again, "<%s> was written as <%s>", text, file.data);
+    for (size_t i = 0; i < count && i < count_again; i++)
+        CHECK_SAID(!strcmp(list[i].name, list_again[i].name), /* and the values */
+                   "not the same after <%s> was written as <%s>", text, file.data);
+    env_file_format(&again_file, list_again, count_again, again_kept.data, again_kept.len);
+    CHECK_SAID(check_same(file.data, file.len, again_file.data, again_file.len), "<%s> and <%s>",
+               file.data, again_file.data);
 }
 
 /* Text is read as these variables (each with a NUL behind it) and this `kept`, now and after being
@@ -92,11 +114,75 @@ static void a_written_file_looks_as_documented(void) {
     struct env_var vars[] = {{S("A"), S("it's")}, {S("B"), S("")}};
     cleanup_buf struct buf file = {0};
     env_file_format(&file, vars, 2, S("# mine"));
-    static const char expected[] = HEADER "# mine\nexport A='it'\\''s'\nexport B=''\n";
+    static const char expected[] = HEADER "export A='it'\\''s'\nexport B=''\n# mine\n";
     CHECK_SAID(check_same(file.data, file.len, S(expected)), "<%s>", file.data);
     buf_clear(&file);
     env_file_format(&file, NULL, 0, NULL, 0);
     CHECK(check_same(file.data, file.len, S(HEADER)));
+}
+
+/* A file of `text`, read and written, is what it was to a shell that asks for `name`; or, with
+ * `value`, has this in it. */
+static void written_means(const char *text, const char *name, const char *value) {
+    struct env_var list[LIST_MOST + 1];
+    cleanup_buf struct buf vars = {0}, kept = {0}, file = {0};
+    CHECK(!env_file_parse(text, strlen(text), gather, &vars, &kept));
+    size_t count = sorted(list, &vars);
+    env_file_format(&file, list, count, kept.data, kept.len);
+    for (size_t i = 0; i < sizeof shells / sizeof *shells; i++) {
+        path_write(text, strlen(text));
+        cleanup_buf struct buf before = shell_value(shells[i], name);
+        path_write(file.data, file.len);
+        cleanup_buf struct buf after = shell_value(shells[i], name);
+        const char *expected = value ? value : before.data;
+        CHECK_SAID(expected && check_same(after.data, after.len, expected, strlen(expected)),
+                   "%s in <%s> is <%s>, and was <%s>, in %s", name, file.data,
+                   after.data ? after.data : "", before.data ? before.data : "", shells[i]);
+    }
+}
+
+static void lines_of_others_see_the_variables(void) {
+    static const char java[] = "export JAVA_HOME=/opt/java\n"
+                               "export PATH=\"$JAVA_HOME/bin:$PATH\"\n"
+                               "B2=$JAVA_HOME\nexport B3=$B2\nexport LAST=1\n";
+    written_means(java, "PATH", NULL);
+    written_means(java, "B2", "/opt/java");
+    written_means(java, "B3", "/opt/java");
+    written_means(java, "JAVA_HOME", "/opt/java");
+    written_means("export Z=z\nA=$Z$Z\n", "A", "zz");
+    written_means("export Z=z\n[ \"$Z\" = z ] || return 0\nexport A=\"$Z\"\n", "A", "z");
+}
+
+static void a_variable_wins_over_what_lines_of_others_do_to_it(void) {
+    static const char *const lines[] = {
+        "V=2",
+        "export V=\"$V:2\"",
+        "unset V",
+        "export W=1 V=2$X",
+        "for V in 1 2; do :; done",
+        "read -r V <<E\n2\nE",
+        "f() { V=2; }; f",
+        "eval \"$(echo W | tr W V)=2\"",
+        "v=$(echo W | tr W V); export $v=2",
+        "v=$(echo W | tr W V); export \"$v\"=2",
+        "unset `echo W | tr W V`",
+        "f=$(mktemp); echo W=2 | tr W V >$f; . $f; rm $f",
+        "export \\V=2$X",
+        "export V''=2$X",
+        "export V''V=$X V\\\n=2$X",
+    };
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        cleanup_buf struct buf text = {0};
+        buf_printf(&text, "export A=1\nexport V=ours\n%s\nexport Z=1\n", lines[i]);
+        written_means(text.data, "V", "ours");
+    }
+    /* Only what is named is there once more. */
+    struct env_var vars[] = {{S("A"), S("1")}, {S("AB"), S("2")}, {S("B"), S("3")}};
+    cleanup_buf struct buf file = {0};
+    env_file_format(&file, vars, 3, S("X=$AB:ABC A_\n"));
+    static const char expected[] =
+        HEADER "export A='1'\nexport AB='2'\nexport B='3'\nX=$AB:ABC A_\nexport AB='2'\n";
+    CHECK_SAID(check_same(file.data, file.len, S(expected)), "<%s>", file.data);
 }
 
 static void quoting_survives_every_shell(void) {
@@ -316,7 +402,7 @@ static void from_the_first_doubt_on_nothing_is_taken(void) {
         /* The variables stand before it, where a shell still sees them. */
         struct env_var var = {S("A"), S("2")};
         env_file_format(&file, &var, 1, kept.data, kept.len);
-        static const char expected[] = HEADER "# x\nexport A='2'\n";
+        static const char expected[] = HEADER "export A='2'\n# x\n";
         CHECK_SAID(file.len > strlen(expected) && !memcmp(file.data, expected, strlen(expected)),
                    "written as <%s>", file.data);
     }
@@ -372,6 +458,8 @@ int main(void) {
     CHECK(fd >= 0 && !close(fd));
     names();
     a_written_file_looks_as_documented();
+    lines_of_others_see_the_variables();
+    a_variable_wins_over_what_lines_of_others_do_to_it();
     quoting_survives_every_shell();
     what_is_read_is_what_shells_make_of_it();
     lines_of_exports_are_taken();

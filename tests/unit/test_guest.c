@@ -273,6 +273,9 @@ static void the_env_file_is_replaced_only_as_it_was_seen(void) {
             {"rm -f \"$F\"", true, false, GUEST_ABSENT},
             {":", false, true, 0},
             {":", false, false, 0},
+            {"echo long and stale, of a shell that was killed >\"$F.tmp\"", false, false, 0},
+            {"[ \"$(cat \"$F\")\" = \"export A='1'\" ] && [ ! -e \"$F.tmp\" ] || exit", false,
+             false, 0},
             {"echo x >\"$F.n\"; mv \"$F.n\" \"$F\"", false, false, GUEST_CHANGED},
             {":", true, false, 0},
             {":", false, false, 0},
@@ -284,7 +287,12 @@ static void the_env_file_is_replaced_only_as_it_was_seen(void) {
             {":", true, false, GUEST_ABSENT},
             {"echo z >\"$F\"", false, true, GUEST_CHANGED},
         };
-        buf_printf(&script, "F=%s; VMSFS_SEEN=%s.seen\n", file, file);
+        buf_printf(&script, "F=%s; VMSFS_SEEN=%s.seen; exec 8>>$VMSFS_SEEN\n", file, file);
+        guest_linux.control_hello(&none);
+        guest_linux.control_request(&script, NONCE, none.data, none.len);
+        buf_clear(&none);
+        buf_append_str(&script, "[ ! -e \"$VMSFS_SEEN\" ] || exit\n");
+        buf_append_str(&expected, "0 ");
         for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
             cleanup_buf struct buf one = {0};
             if (rows[i].read)
@@ -295,11 +303,11 @@ static void the_env_file_is_replaced_only_as_it_was_seen(void) {
             guest_linux.control_request(&script, NONCE, one.data, one.len);
             buf_printf(&expected, "%d ", rows[i].status);
         }
-        buf_printf(&script, "rm -f \"$F\" \"$VMSFS_SEEN\"\n");
+        buf_printf(&script, "rm -f \"$F\"\n");
         shell_run(control_shells[s], script.data, &none, &out, &err);
         size_t rest = 0;
         cleanup_buf struct buf statuses = {0};
-        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        for (size_t i = 0; i <= sizeof rows / sizeof *rows; i++) {
             size_t before, after;
             int status = -1;
             if (!guest_marker_find(out.data + rest, out.len - rest, NONCE, &before, &after,

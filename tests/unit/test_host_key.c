@@ -64,7 +64,7 @@ static void what_is_no_key_is_refused(void) {
         "ssh-ed25519 ",
         "ssh-ed25519 AAAA",
         "host ssh-ed25519",
-        "ssh-rsa " ED25519_BLOB,
+        ("ssh-rsa " ED25519_BLOB), /* the name is not that of the blob */
         "ssh-ed25519 not-base64!",
         "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n",
     };
