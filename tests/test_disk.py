@@ -121,6 +121,46 @@ def test_what_was_synced_survives_the_death_of_qemu(daemon):
     assert vm.ssh("cat /root/notes") == b"again\n"
 
 
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc
+
+
+STATE = 0x3A  # of the superblock: 1 is unmounted in order, 2 is errors
+
+
+@pytest.mark.deadline(300)
+def test_a_file_system_with_errors_is_checked(daemon):
+    vm = daemon("disk=64M").boot("errors")
+    vm.ssh("echo kept > /root/kept")
+    stop(vm)
+    with open(disk(vm), "r+b") as f:
+        f.seek(1024)
+        block = bytearray(f.read(1024))
+        assert struct.unpack_from("<H", block, STATE)[0] == 1
+        struct.pack_into("<H", block, STATE, 3)
+        struct.pack_into("<I", block, 1020, crc32c(block[:1020]))
+        f.seek(1024)
+        f.write(block)
+    start(vm)
+    assert vm.ssh("cat /root/kept") == b"kept\n"
+    assert b"error" not in vm.ssh("dmesg | grep EXT4")
+    stop(vm)
+    with open(disk(vm), "r+b") as f:
+        f.seek(1024 + STATE)
+        assert f.read(2) == b"\1\0"
+        # What cannot be repaired without asking is left to people.
+        f.seek(1024)
+        f.write(b"\xff" * STATE)
+        f.seek(1080)
+        f.write(b"\x53\xef")
+    fails_to_boot(vm, "no disk: /dev/vda is damaged")
+
+
 @pytest.mark.deadline(400)
 def test_variables_and_keys_of_the_host_win_over_what_is_on_the_disk(daemon):
     one = daemon("disk=64M")
