@@ -1,5 +1,6 @@
 """A file of env/ is a variable of the guest."""
 
+import contextlib
 import errno
 import os
 import random
@@ -222,6 +223,108 @@ def test_nul_is_refused_and_the_old_value_stays(vm):
     assert "NUL" in vm.error()
 
 
+@shells
+@pytest.mark.parametrize("operator", [">", ">>"])
+def test_nul_in_a_later_piece_is_refused_there(vm, shell, operator):
+    write(vm.env("NUL"), "before\n")
+    done = run(vm, shell, f"{{ echo a; printf 'x\\0y'; }} {operator} NUL", check=False)
+    assert done.returncode != 0, done
+    assert "NUL" in vm.error()
+    assert vm.value("NUL") == (b"a" if operator == ">" else b"before\na")
+
+
+@shells
+def test_what_follows_a_refused_piece_is_refused_and_nothing_is_mixed(vm, shell):
+    large = "head -c 140000 /dev/zero | tr '\\0' x | dd bs=140000 iflag=fullblock status=none"
+    for script in ("printf 'a\\0b'; echo b;", f"{large}; echo b;"):
+        run(vm, shell, "echo production > MIXED")
+        done = run(vm, shell, f"{{ {script} }} > MIXED", check=False)
+        assert done.returncode != 0, script
+        assert read(vm.env("MIXED")) == "production\n", script
+        assert vm.value("MIXED") == b"production", script
+
+
+@pytest.mark.parametrize("flags", [os.O_TRUNC, os.O_APPEND, 0])
+def test_a_handle_that_has_refused_a_piece_takes_no_other_until_it_is_emptied(vm, flags):
+    write(vm.env("SAME"), "before\n")
+    fd = os.open(vm.env("SAME"), os.O_WRONLY | flags)
+    try:
+        for piece, error in ((b"\0", "EINVAL"), (b"good", "EINVAL"), (b"x" * 140000, "EINVAL")):
+            with refused(error):
+                os.write(fd, piece)
+        os.fsync(fd)  # nothing that was acknowledged is missing
+        assert vm.value("SAME") == b"before"
+        os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.write(fd, b"good ")
+        os.write(fd, b"again")
+        with refused("EFBIG"):
+            os.write(fd, b"x" * 131072)
+        with refused("EFBIG"):
+            os.write(fd, b"y")
+    finally:
+        with refused("EFBIG"):  # the second piece had been taken
+            os.close(fd)
+    assert vm.value("SAME") == b"good "
+
+
+@pytest.mark.parametrize("size, fits", [(131072 - len("LATER"), True), (131073 - len("LATER"), False)])
+def test_too_large_in_a_later_piece_is_refused_there(vm, size, fits):
+    fd = os.open(vm.env("LATER"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.write(fd, b"x" * 1000)
+        if fits:
+            os.write(fd, b"x" * (size - 1000))
+            os.fsync(fd)
+        else:
+            with refused("EFBIG"):
+                os.write(fd, b"x" * (size - 1000))
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    assert len(vm.value("LATER")) == (size if fits else 1000)
+    os.unlink(vm.env("LATER"))
+
+
+OTHERS = {
+    "echo": "echo acked > HELD",
+    ">>": "echo acked >> HELD",
+    "environ": "echo HELD=acked >> ../environ",
+    "rename": "echo acked > FROM && mv FROM HELD",
+    "sed": "echo acked > HELD; sed -i s/x/y/ HELD",
+    "two appenders": "printf ack >> HELD; echo ed >> HELD",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_held_truncation_takes_away_nothing_that_was_written_after_it(vm, other, there):
+    write(vm.env("HELD"), "old\n")
+    if not there:
+        os.unlink(vm.env("HELD"))
+    fd = os.open(vm.env("HELD"), os.O_WRONLY | os.O_TRUNC | os.O_CREAT)
+    try:
+        run(vm, "dash", OTHERS[other])
+        assert read(vm.env("HELD")) == "acked\n"
+    finally:
+        os.close(fd)
+    write(vm.env("AFTER_IT"), "x\n")  # after whatever the close has brought about
+    assert read(vm.env("HELD")) == "acked\n"
+    assert vm.value("HELD") == b"acked"
+
+
+def test_a_truncation_after_it_does(vm):
+    first = os.open(vm.env("HELD"), os.O_WRONLY | os.O_TRUNC | os.O_CREAT)
+    write(vm.env("HELD"), "acked\n")
+    second = os.open(vm.env("HELD"), os.O_WRONLY | os.O_TRUNC)
+    os.close(first)
+    try:
+        assert read(vm.env("HELD")) == ""
+    finally:
+        os.close(second)
+    wait_for(lambda: vm.value("HELD") == b"", "the newer truncation")
+
+
 def test_a_value_takes_131072_bytes_with_its_key(vm):
     write(vm.env("LIMIT"), b"x" * (131072 - len("LIMIT=") - 1))
     assert len(vm.value("LIMIT")) == 131072 - len("LIMIT=") - 1
@@ -291,6 +394,51 @@ def test_chmod_chown_and_utimes_are_accepted_and_remembered(vm):
     run(vm, "dash", "touch META; touch -d 2001-02-03 META; chmod 600 META; chown 0:0 META")
     assert time.localtime(os.stat(path).st_mtime)[:3] == (2001, 2, 3)
     assert read(path) == "v\n"
+
+
+@pytest.mark.deadline(200)
+def test_metadata_outlive_the_daemon(daemon):
+    one = daemon()
+    vm = one.boot("a")
+    for name in ("PLAIN", "CHANGED", "MOVED"):
+        write(vm.env(name), name)
+    fd = os.open(vm.env("tmpfile01"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(fd, b"MOVED")
+    os.close(fd)
+    os.rename(vm.env("tmpfile01"), vm.env("MOVED"))
+    paths = [vm.env("CHANGED"), vm / "environ", vm / "env"]
+    for number, path in enumerate(paths):
+        os.chmod(path, 0o750 if path == vm / "env" else 0o640)
+        os.chown(path, 12, 34)
+        os.utime(path, ns=(1_000_000_000_000_000_001, 1_100_000_000_000_000_002 + number))
+        at = os.stat(path)
+        assert at.st_mtime_ns == 1_100_000_000_000_000_002 + number
+        assert (at.st_mode & 0o7777, at.st_uid, at.st_gid) == (0o750 if path == vm / "env" else 0o640, 12, 34)
+    paths += [vm.env("PLAIN"), vm.env("MOVED")]
+
+    def look():
+        stats = [os.stat(path) for path in paths]
+        return [(at.st_mode, at.st_uid, at.st_gid, at.st_mtime_ns, at.st_ino) for at in stats]
+
+    before = look()
+    for end in (one.stop, one.kill):
+        if end == one.kill:  # what is recorded within a moment
+            wait_for(lambda: f"{before[3][3] // 10**9}." in read(f"{one.state}/vms/a/vm.json"), "the record")
+        end()
+        one.start()
+        vm.wait("running", 30)
+        assert look() == before
+    # And a file that is new gets a number of its own, be it a variable's or a temporary one's.
+    write(vm.env("NEW"), "x")
+    write(vm.env("tmp~"), "x")
+    os.rename(vm.env("tmp~"), vm.env("NEWER"))
+    numbers = [entry.inode() for entry in os.scandir(vm / "env")]
+    assert len(set(numbers)) == len(numbers) == 5
+    # A change is a new moment.
+    for path, time_ns in zip(paths[:3], (at[3] for at in before)):
+        os.unlink(vm.env("NEW")) if path == vm / "env" else write(vm.env("CHANGED"), "again")
+        assert os.stat(path).st_mtime_ns > time_ns
+    assert os.stat(vm / "env").st_mode & 0o7777 == 0o750
 
 
 def test_cp_a_into_env_and_out_again(vm, tmp_path):

@@ -30,7 +30,9 @@ TOOLS = {
     "busybox echo": ("busybox", 'echo "new value" > "$F"'),
     "printf": ("dash", 'printf "new value" > "$F"'),
     ">>": ("dash", 'echo "and more" >> "$F"'),
-    "block": ("bash", '{ echo new || exit; echo value || exit; } > "$F"'),
+    "block": ("bash", '{ echo new; echo value; } > "$F"'),
+    "dash block": ("dash", '{ echo new; echo value; } > "$F"'),
+    "block >>": ("bash", '{ echo new; echo value; } >> "$F"'),
     "cat >": ("dash", 'cat "$T/new" > "$F"'),
     "tee": ("dash", 'tee "$F" < "$T/new" > /dev/null'),
     "sponge": ("dash", 'sponge "$F" < "$T/new"'),
@@ -65,6 +67,7 @@ TOOLS = {
     "Node": ("dash", 'node -e \'require("fs").writeFileSync(process.env.F, "new\\n")\''),
     "Ansible copy": ("dash", 'ansible localhost -c local -m copy -a "src=$T/new dest=$F"'),
     "environ": ("dash", 'echo "KEY=new value" > "$V/environ"'),
+    "environ block": ("bash", '{ echo "KEY=new value"; echo FROM=new; } > "$V/environ"'),
     "environ >>": ("dash", 'echo "KEY=new value" >> "$V/environ"'),
     "cp environ": ("dash", 'printf "KEY=new\\nFROM=new\\n" > "$T/e"; cp "$T/e" "$V/environ"'),
     "sed -i environ": ("dash", 'sed -i "s/old value/new value/" "$V/environ"'),
@@ -334,6 +337,60 @@ def test_an_error_after_the_first_write_comes_out_of_close_and_fsync(box, fault,
             assert b"export KEY='one '" in guest_file(box)
     assert box.value("KEY") == b"one "
     assert box.value("BYSTANDER") == b"is left\nalone"
+
+
+@pytest.mark.parametrize("flags", [os.O_TRUNC, os.O_APPEND], ids=["trunc", "append"])
+@pytest.mark.parametrize("path", ["env/KEY", "environ"])
+def test_every_close_says_so_until_it_is_committed(box, path, flags):
+    """The first may be that of a child, which does not know what it closes."""
+    prepare(box)
+    one, two = (b"one ", b"two") if path == "env/KEY" else (b"KEY=one\n", b"MORE=two\n")
+    fd = os.open(box / path, os.O_WRONLY | flags)
+    try:
+        os.write(fd, one)
+        in_guest = guest_file(box)
+        with SmallDisk(box):
+            os.write(fd, two)
+            for call in (os.close, os.close, os.fsync):
+                with refused("ENOSPC"):
+                    call(fd if call is os.fsync else os.dup(fd))
+            assert guest_file(box) == in_guest
+        os.close(os.dup(fd))
+        before = OLD if flags == os.O_APPEND else b""
+        if path == "env/KEY":
+            assert read_bytes(box.env("KEY")) == before + one + two
+            assert box.value("KEY") == before + one + two
+        else:
+            assert [box.value(k) for k in ("KEY", "MORE")] == [b"one", b"two"]
+            assert ("BYSTANDER" in keys(box)) == (flags == os.O_APPEND)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("path, flags", [("env/KEY", os.O_TRUNC), ("env/KEY", os.O_APPEND), ("env/KEY", 0),
+                                         ("environ", os.O_TRUNC), ("environ", os.O_APPEND)])
+def test_what_follows_a_failed_write_is_as_on_a_disk(box, path, flags):
+    """What was not written is not there, neither before nor behind what is."""
+    prepare(box)
+    new, value = (b"new\n", b"val\n") if path == "env/KEY" else (b"NEW='a longer line'\n", b"V='1'\n")
+    if not flags:  # as long as what is there
+        new, value = b"newer one\n", b"valueless\n"
+    fd = os.open(box / path, os.O_WRONLY | flags)
+    try:
+        with SmallDisk(box):
+            with refused("ENOSPC"):
+                os.write(fd, new)
+            os.close(os.dup(fd))  # nothing that was acknowledged is missing
+        assert variables(box) == ALL
+        os.write(fd, value)
+    finally:
+        os.close(fd)
+    if path == "env/KEY":
+        assert read_bytes(box.env("KEY")) == (OLD if flags == os.O_APPEND else b"") + value
+        assert box.value("KEY") + b"\n" == read_bytes(box.env("KEY"))
+        assert keys(box) == ["BYSTANDER", "FROM", "KEY"]
+    else:
+        assert keys(box) == guest_keys(box) == ([] if flags == os.O_TRUNC else ["BYSTANDER", "FROM", "KEY"]) + ["V"]
 
 
 @pytest.mark.parametrize("fault", ["disk full", "read-only"])

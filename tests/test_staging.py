@@ -80,6 +80,44 @@ def test_the_special_names_are_scratch_however_they_are_made(clear, name):
     assert plain_text(clear / "environ") == ""
 
 
+SUFFIXES = ["tmp", "new", "old", "bak", "orig", "part", "lock", "swp"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_shell_may_put_a_temporary_file_beside_a_variable(clear, suffix):
+    write(clear.env("KEY"), "a\n")
+    before = guest_file(clear)
+    sh(f"cd '{clear / 'env'}' && sed s/a/b/ KEY > KEY.{suffix}")
+    assert keys(clear) == ["KEY", f"KEY.{suffix}"]
+    assert stat.S_IMODE(os.stat(clear.env(f"KEY.{suffix}")).st_mode) == 0o600
+    assert guest_file(clear) == before
+    sh(f"cd '{clear / 'env'}' && mv KEY.{suffix} KEY")
+    assert keys(clear) == guest_keys(clear) == ["KEY"]
+    assert clear.value("KEY") == b"b"
+    assert stat.S_IMODE(os.stat(clear.env("KEY")).st_mode) == 0o600
+    sh(f"cd '{clear.path}' && sed s/b/c/ environ > environ.{suffix} && mv environ.{suffix} environ")
+    assert clear.value("KEY") == b"c"
+    assert not os.path.exists(clear / f"environ.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["OTHER.tmp", "KEY.B", "KEY.tmp.x", "KEY.", "KEY.TMP", "1A.tmp", "MY-VAR", "KEY-tmp"])
+def test_no_other_name_is_scratch_without_o_excl(clear, name):
+    write(clear.env("KEY"), "v\n")
+    done = sh(f"echo x > '{clear.env(name)}'", check=False)
+    assert done.returncode != 0
+    with refused("EINVAL"):
+        os.open(clear.env(name), os.O_WRONLY | os.O_CREAT, 0o600)
+    assert keys(clear) == ["KEY"]
+
+
+@pytest.mark.parametrize("name", ["status.tmp", "environ.x", "KEY.tmp", "environ-tmp", "x.tmp"])
+def test_nor_is_it_beside_environ(clear, name):
+    write(clear.env("KEY"), "v\n")
+    with refused("EPERM"):
+        os.open(clear / name, os.O_WRONLY | os.O_CREAT, 0o600)
+    assert name not in os.listdir(clear.path)
+
+
 def test_a_scratch_name_is_taken(clear):
     scratch(clear, "tmpabc123")
     with refused("EEXIST"):

@@ -168,8 +168,7 @@ def state_file(path):
 
 
 def plain_text(path):
-    """The lines of environ that are variables: without those that make a shell export them."""
+    """The variables that environ prints. The lines around them, which make a shell export them, have to be there."""
     text = read(path)
-    if text.startswith("set -a\n") and text.endswith("set +a\n"):
-        return text[len("set -a\n") : -len("set +a\n")]
-    return text
+    assert text == "" or (text.startswith("set -a\n") and text.endswith("set +a\n")), text
+    return text[len("set -a\n") : -len("set +a\n")]

@@ -15,7 +15,8 @@
  *
  * Who names the file by the directory itself (`cd env; rm KEY`, unlinkat(2) with its descriptor)
  * has no such LOOKUP: its second try waits with the lock, and there is no third. So it is given
- * less time than others; and none, when another has just had it in vain. */
+ * less time than others, unless the guest is only slow and shows that it lives; and none, when
+ * another has just had it in vain. */
 
 #define REMOVAL_PATIENCE_MS 100 /* with the lock */
 #define REMOVAL_MOST_MS 800     /* from the start, with the lock again */
@@ -167,6 +168,10 @@ static void removal_is_overdue(uv_timer_t *timer) {
     struct removal *removal = timer->data;
     struct fuse_request *r = removal->r;
     fuse_req_t req = r->req;
+    if (removal->dir->vm && vm_is_alive(removal->dir->vm, REMOVAL_MOST_MS)) {
+        uv_timer_start(timer, removal_is_overdue, REMOVAL_MOST_MS, 0); /* its deadline goes on */
+        return;
+    }
     fuse_req_interrupt_func(req, NULL, NULL);
     r->req = NULL;
     fuse_request_cancel(r, -ERR_INTERRUPTED); /* answers into `status` */
@@ -206,6 +211,8 @@ bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct n
     }
     list_remove(&removal->link);
     fuse_request_attach(removal->r, req);
+    if (dir->vm)
+        vm_is_alive(dir->vm, 0); /* only asks */
     uv_timer_start(removal->timer, removal_is_overdue, removal_time_left(removal), 0);
     return true;
 }

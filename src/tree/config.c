@@ -132,7 +132,7 @@ static int config_dir_copy(struct node *dir, const struct config_setting *settin
     if (r == 0)
         r = scratch_write(copy, text.data ? text.data : "", text.len, 0);
     if (r == 0) {
-        copy->changed = config_dir_file(dir->vm, setting)->changed;
+        copy->look.changed = config_dir_file(dir->vm, setting)->changed;
         config_dir_leave(dir, setting);
     }
     return r;
@@ -149,7 +149,7 @@ static void config_dir_renamed(void *arg, int status, struct request *rq) {
     struct config_dir_rename *r = arg;
     struct vm *vm = r->dir->vm;
     if (status == 0 && !vm->gone && r->scratch->table) {
-        config_dir_file(vm, r->setting)->changed = r->scratch->changed;
+        config_dir_file(vm, r->setting)->changed = r->scratch->look.changed;
         config_dir_file(vm, r->setting)->removed = 0;
         node_move_child(r->dir, r->scratch->name, r->setting->name);
         struct node *node = node_find_child(r->dir, r->setting->name);

@@ -16,6 +16,7 @@ static void env_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_nlink = 2;
+    node_show_look(&node->vm->env_look, &ret_stat->st);
     ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_changed(node->vm->vars);
 }
 
@@ -64,7 +65,7 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
     }
     struct var *var = vars_find(vm->vars, name);
     if (scratch_find(vm->env_scratch, name) || (!var && scratch_is_wanted(vm, name, flags))) {
-        scratch_create(dir, vm->env_scratch, name, flags, mode, rq);
+        scratch_create(dir, vm->env_scratch, name, flags, mode & 0700, rq);
         return;
     }
     if (!env_name_is_valid(name, strlen(name))) {
@@ -86,7 +87,7 @@ static void env_create(struct node *dir, const char *name, int flags, mode_t mod
         return;
     }
     if (is_new)
-        var->mode = mode & 0600; /* secrets: never more than the owner's */
+        var->look.mode = mode & 0600; /* secrets: never more than the owner's, as scratch above */
     struct node *node = node_child(dir, name, &env_key_ops, NULL, vm);
     struct env_handle *h = node ? env_handle_create(node, flags) : NULL;
     if (!h) {
@@ -163,6 +164,16 @@ static void env_mkdir(struct node *dir, const char *name, mode_t mode, struct re
         scratch_mkdir(dir, vm->env_scratch, name, mode, rq);
 }
 
+static void env_setattr(struct node *node, struct handle *handle, const struct stat *want,
+                        unsigned mask, struct request *rq) {
+    (void)handle;
+    node_set_look(&node->vm->env_look, want, mask);
+    if (mask & NODE_SET_MTIME)
+        vars_set_changed(node->vm->vars, &want->st_mtim);
+    vm_save_soon(node->vm);
+    request_answer_attr(rq, node);
+}
+
 const struct node_ops env_ops = {
     .stat = env_stat,
     .lookup = env_lookup,
@@ -172,5 +183,5 @@ const struct node_ops env_ops = {
     .rename = env_rename,
     .unlink = env_unlink,
     .rmdir = env_rmdir,
-    .setattr = node_setattr_ignore,
+    .setattr = env_setattr,
 };

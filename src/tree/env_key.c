@@ -27,12 +27,8 @@ static void env_key_stat(const struct node *node, struct node_stat *ret_stat) {
         return;
     }
     ret_stat->st.st_ino = node_inode(node->vm, var->number);
-    ret_stat->st.st_mode = S_IFREG | var->mode;
-    ret_stat->st.st_uid = var->uid;
-    ret_stat->st.st_gid = var->gid;
+    node_show_look(&var->look, &ret_stat->st);
     ret_stat->st.st_size = var->truncated ? 0 : (off_t)var->length;
-    ret_stat->st.st_mtim = ret_stat->st.st_ctim = var->changed;
-    ret_stat->st.st_atim = var->read;
 }
 
 static void env_handle_load(struct env_handle *h) {
@@ -42,26 +38,43 @@ static void env_handle_load(struct env_handle *h) {
         buf_append(&h->content, var->bytes, var->length);
 }
 
-static void env_handle_truncate(struct env_handle *h) {
+/* Has the variable been set or unset since the handle was emptied? What came later counts. */
+static bool env_handle_is_overtaken(const struct env_handle *h) {
+    const struct var *var = env_key_var(h->handle.node);
+    if (!var || (!var->set && !h->creating))
+        return true;
+    return var->generation > h->since;
+}
+
+static void env_handle_show(struct env_handle *h) {
     struct var *var = env_key_var(h->handle.node);
+    if (h->hiding && var && var->truncated > 0 && !env_handle_is_overtaken(h))
+        var->truncated--;
+    h->hiding = false;
+}
+
+static void env_handle_truncate(struct env_handle *h) {
+    struct node *node = h->handle.node;
+    struct var *var = env_key_var(node);
+    env_handle_show(h);
     buf_clear(&h->content);
-    if (!h->truncating && var) {
-        h->truncating = true;
+    buf_clear(&h->appended);
+    h->commit.appended = 0;
+    h->since = vars_generation(node->vm->vars);
+    h->truncating = true;
+    if (var) {
+        h->hiding = true;
         var->truncated++;
     }
 }
 
-static void env_handle_untruncate(struct env_handle *h) {
-    struct var *var = env_key_var(h->handle.node);
-    if (h->truncating && var && var->truncated > 0)
-        var->truncated--;
-    h->truncating = false;
-}
-
 static struct env_handle *env_handle_new(struct node *node, int flags) {
     struct env_handle *h = calloc(1, sizeof *h);
-    if (h)
-        handle_init(&h->handle, node, flags);
+    if (!h)
+        return NULL;
+    handle_init(&h->handle, node, flags);
+    list_init(&h->commit.waits);
+    h->since = vars_generation(node->vm->vars);
     return h;
 }
 
@@ -90,43 +103,89 @@ void env_commit(struct node *node, const struct var_change *changes, size_t coun
         guest_wait_settle(wait, r);
 }
 
-/* The verdict on what a handle has committed: by a WRITE of h->writing bytes, or by FLUSH or FSYNC.
- */
-static void env_handle_verdict(void *arg, int status, struct request *rq) {
-    struct env_handle *h = arg;
-    if (status < 0) {
-        env_handle_load(h);
-        h->dirty = false;
-        request_answer(rq, status);
-    } else if (h->writing) {
-        request_answer_written(rq, h->writing);
-    } else {
-        request_answer(rq, 0);
-    }
-}
-
 /* What a commit of the handle changes. One that appends does so to what is there by then: others
- * may append, too. */
+ * may append, too, or have emptied it. */
 static struct var_change env_handle_change(const struct env_handle *h) {
-    bool append = (h->handle.flags & O_APPEND) && !h->truncating;
-    const struct buf *bytes = append ? &h->appended : &h->content;
+    const struct var *var = env_key_var(h->handle.node);
+    bool appends = (h->handle.flags & O_APPEND) && !h->truncating;
+    const struct buf *bytes = appends ? &h->appended : &h->content;
     return (struct var_change){.name = h->handle.node->name,
                                .bytes = bytes->data ? bytes->data : "",
                                .length = bytes->len,
-                               .append = append};
+                               .append = appends && !(var && var->truncated)};
+}
+
+/* A WRITE has failed: its bytes are not there. */
+static void env_handle_take_back(struct env_handle *h) {
+    struct buf *before = &h->commit.before, swapped = h->content;
+    h->content = *before;
+    *before = swapped;
+    if (h->handle.flags & O_APPEND)
+        h->appended.len -= h->commit.writing;
+}
+
+/* What was acknowledged and then not committed stays dirty, and each FLUSH tries again: the one
+ * that failed may have been that of a child that knows nothing of the file. But nobody knows what
+ * became of an update whose answer was lost, and bytes are not appended twice: then it is said
+ * again. */
+static void env_handle_keep(struct env_handle *h, int status) {
+    bool unknown = status == -ERR_TIMED_OUT || status == -ERR_UNREACHABLE ||
+                   status == -ERR_INTERRUPTED || status == -ERR_GONE;
+    if (h->refused) {
+        h->lost = status;
+    } else if (env_handle_change(h).append && unknown) {
+        buf_consume(&h->appended, h->commit.appended);
+        h->lost = status;
+        h->dirty = h->appended.len > 0;
+    } else {
+        h->dirty = true;
+    }
+}
+
+static bool is_refusal(int status) {
+    return status == -ERR_INVALID || status == -ERR_TOO_LARGE;
+}
+
+/* The verdict on what a handle has committed. */
+static void env_handle_verdict(void *arg, int status, struct request *rq) {
+    struct env_handle *h = arg;
+    size_t writing = h->commit.writing;
+    h->commit.busy = false;
+    h->failed = status < 0;
+    if (status == 0) {
+        buf_consume(&h->appended, h->commit.appended);
+        h->truncating = false;
+        h->dirty = h->dirty && !writing;
+    } else if (writing) {
+        env_handle_take_back(h);
+        h->refused = is_refusal(status) ? status : 0;
+    } else {
+        env_handle_keep(h, status);
+    }
+    buf_clear(&h->commit.before);
+    vm_wait_wake(&h->commit.waits, 0);
+    if (status == 0 && writing)
+        request_answer_written(rq, writing);
+    else
+        request_answer(rq, status < 0 ? status : h->lost);
 }
 
 static void env_handle_commit(struct env_handle *h, size_t writing, struct request *rq) {
     struct node *node = h->handle.node;
-    struct var_change change = env_handle_change(h);
-    struct vm_wait *wait;
     h->wrote = true;
-    h->dirty = false;
-    h->writing = writing;
-    wait = guest_wait(node, node->name, env_handle_verdict, h, rq);
-    int r = wait ? vars_commit(node->vm->vars, &change, 1, wait) : 0; /* copies the bytes */
-    buf_clear(&h->appended);
-    env_handle_untruncate(h);
+    h->dirty = h->dirty && writing;
+    h->commit.busy = true;
+    h->commit.writing = writing;
+    h->commit.appended = h->appended.len;
+    struct vm_wait *wait = guest_wait(node, node->name, env_handle_verdict, h, rq);
+    if (!wait)
+        return;
+    struct var_change change = env_handle_change(h);
+    int r = vars_commit(node->vm->vars, &change, 1, wait); /* copies the bytes */
+    struct var *var = env_key_var(node);
+    if (r == 0 && var)
+        var->truncated = 0; /* who appends meanwhile does so to this */
+    env_handle_show(h);
     if (r < 0)
         guest_wait_settle(wait, r);
 }
@@ -197,6 +256,55 @@ static int env_handle_resize(struct env_handle *h, off_t size) {
     return 0;
 }
 
+/* What no value can hold is refused at the WRITE that brings it, and so is all that follows. */
+static int env_handle_check(const struct env_handle *h, const char *data, size_t length,
+                            off_t offset) {
+    struct node *node = h->handle.node;
+    if (memchr(data, 0, length))
+        return vars_refuse_nul(node->vm, node->name);
+    size_t most = h->content.len;
+    bool at_end = true;
+    if (env_handle_change(h).append) {
+        ssize_t there = vars_newest_length(node->vm->vars, node->name);
+        most = (there > 0 ? (size_t)there : 0) + h->appended.len + length;
+    } else if (offset > VAR_LIMIT + 1) {
+        return vars_refuse_length(node->vm, node->name);
+    } else if ((size_t)offset + length >= most) {
+        most = (size_t)offset + length;
+    } else {
+        at_end = false;
+    }
+    char last = at_end ? data[length - 1] : h->content.data[most - 1];
+    return var_fits(node->name, most, last == '\n') ? 0 : vars_refuse_length(node->vm, node->name);
+}
+
+static void env_handle_refuse(struct env_handle *h, int status, struct request *rq) {
+    h->refused = status;
+    h->lost = h->dirty ? status : h->lost;
+    h->wrote = true;
+    h->dirty = false;
+    env_handle_show(h);
+    env_handle_load(h);
+    buf_clear(&h->appended);
+    h->commit.appended = 0;
+    request_answer(rq, status);
+}
+
+static int env_handle_put(struct env_handle *h, const char *data, size_t length, off_t offset) {
+    size_t was = h->content.len, end = (size_t)offset + length;
+    int r = end > was ? env_handle_resize(h, (off_t)end) : 0;
+    if (r == 0 && (h->handle.flags & O_APPEND)) {
+        buf_append(&h->appended, data, length);
+        r = h->appended.failed;
+    }
+    if (r < 0) {
+        h->content.len = was;
+        return r;
+    }
+    memcpy(h->content.data + offset, data, length);
+    return 0;
+}
+
 static void env_key_write(struct handle *handle, const char *data, size_t length, off_t offset,
                           struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
@@ -208,60 +316,84 @@ static void env_key_write(struct handle *handle, const char *data, size_t length
         scratch_write_astray(handle, data, length, offset, rq);
         return;
     }
+    if (h->refused) {
+        request_answer(rq, h->refused);
+        return;
+    }
     if (handle->flags & O_APPEND) /* the kernel's idea of the end may be old */
         offset = (off_t)h->content.len;
-    int r = 0;
-    if (offset > VAR_LIMIT + 1 || length > VAR_LIMIT + 1 || (size_t)offset + length > VAR_LIMIT + 1)
-        r = -ERR_TOO_LARGE;
-    else if ((size_t)offset + length > h->content.len)
-        r = env_handle_resize(h, offset + (off_t)length);
+    int r = env_handle_check(h, data, length, offset);
     if (r < 0) {
-        env_handle_untruncate(h);
-        h->wrote = true; /* a refused write is no empty value */
-        env_handle_load(h);
-        buf_clear(&h->appended);
-        h->dirty = false;
-        request_answer(rq, vm_fail(handle->node->vm, r, "env/%s: a value takes %d bytes at most",
-                                   handle->node->name, VAR_LIMIT));
+        env_handle_refuse(h, r, rq);
         return;
     }
-    memcpy(h->content.data + offset, data, length);
-    if (handle->flags & O_APPEND)
-        buf_append(&h->appended, data, length);
-    if (!h->wrote) {
+    bool at_once = (!h->wrote || h->failed) && !h->commit.busy;
+    struct buf *before = &h->commit.before;
+    if (at_once)
+        buf_append(before, h->content.data, h->content.len);
+    r = before->failed ? before->failed : env_handle_put(h, data, length, offset);
+    if (r < 0) {
+        buf_clear(before);
+        request_answer(rq, r);
+    } else if (at_once) {
         env_handle_commit(h, length, rq);
-        return;
+    } else {
+        h->dirty = true;
+        request_answer_written(rq, length);
     }
-    h->dirty = true;
-    request_answer_written(rq, length);
+}
+
+static void env_handle_sync(struct env_handle *h, bool pending, struct request *rq);
+
+static void env_handle_waited(void *arg, int status, struct request *rq) {
+    struct env_handle *h = arg;
+    if (status < 0)
+        request_answer(rq, status);
+    else
+        env_handle_sync(h, h->dirty, rq);
+}
+
+/* FLUSH and FSYNC. */
+static void env_handle_sync(struct env_handle *h, bool pending, struct request *rq) {
+    struct node *node = h->handle.node;
+    if (env_handle_is_astray(h)) {
+        request_answer(rq, 0);
+    } else if (h->commit.busy) {
+        struct vm_wait *wait = guest_wait(node, node->name, env_handle_waited, h, rq);
+        if (wait)
+            list_append(&h->commit.waits, &wait->link);
+    } else if (pending) {
+        env_handle_commit(h, 0, rq);
+    } else {
+        request_answer(rq, h->lost);
+    }
+}
+
+/* It is to be empty, and nobody has written anything yet. */
+static bool env_handle_is_empty(const struct env_handle *h) {
+    return (h->truncating || h->creating) && !h->wrote;
 }
 
 static void env_key_flush(struct handle *handle, struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
-    if (h->dirty && !env_handle_is_astray(h))
-        env_handle_commit(h, 0, rq);
-    else
-        request_answer(rq, 0);
+    env_handle_sync(h, h->dirty, rq);
 }
 
 static void env_key_fsync(struct handle *handle, struct request *rq) {
     struct env_handle *h = (struct env_handle *)handle;
-    bool pending = h->dirty || ((h->truncating || h->creating) && !h->wrote);
-    if (pending && !env_handle_is_astray(h))
-        env_handle_commit(h, 0, rq);
-    else
-        request_answer(rq, 0);
+    env_handle_sync(h, h->dirty || env_handle_is_empty(h), rq);
 }
 
 static void env_handle_free(struct env_handle *h) {
     struct node *node = h->handle.node;
     if (!node->vm->gone && !env_handle_is_astray(h)) {
-        env_handle_untruncate(h);
+        env_handle_show(h);
         if (h->creating)
             vars_uncreate(node->vm->vars, node->name);
     }
     buf_free(&h->content);
     buf_free(&h->appended);
+    buf_free(&h->commit.before);
     handle_done(&h->handle);
     free(h);
 }
@@ -281,41 +413,56 @@ static void env_parting_done(struct vm_wait *wait, int status) {
     free(parting);
 }
 
+/* What others have written since the handle was emptied stays; what they are writing now may fail,
+ * so its verdict is waited for. */
+static void env_parting_step(struct vm_wait *wait, int status) {
+    struct env_parting *parting = LIST_OWNER(wait, struct env_parting, wait);
+    struct env_handle *h = parting->h;
+    struct node *node = h->handle.node;
+    (void)status;
+    bool over = node->vm->gone || env_handle_is_astray(h);
+    if (!over && !h->dirty) {
+        over = env_handle_is_overtaken(h);
+        if (!over && vars_await(node->vm->vars, node->name, wait))
+            return;
+    }
+    wait->done = env_parting_done;
+    struct var_change change = env_handle_change(h);
+    if (over || vars_commit(node->vm->vars, &change, 1, wait) < 0)
+        env_parting_done(wait, 0);
+}
+
 static void env_key_release(struct handle *handle) {
     struct env_handle *h = (struct env_handle *)handle;
-    struct node *node = handle->node;
-    bool empty = (h->truncating || h->creating) && !h->wrote;
-    struct env_parting *parting = NULL;
-    if (!node->vm->gone && (empty || h->dirty) && !env_handle_is_astray(h))
-        parting = calloc(1, sizeof *parting);
+    /* A failure that the last FLUSH has told stays one. */
+    bool pending = env_handle_is_empty(h) || (h->dirty && !h->failed);
+    struct env_parting *parting = pending ? calloc(1, sizeof *parting) : NULL;
     if (!parting) {
         env_handle_free(h);
         return;
     }
     list_remove(&handle->open); /* the transport has nothing to do with it any more */
-    parting->wait.done = env_parting_done;
+    parting->wait.done = env_parting_step;
     list_init(&parting->wait.link);
     parting->h = h;
-    struct var_change change = env_handle_change(h);
-    if (vars_commit(node->vm->vars, &change, 1, &parting->wait) < 0) {
-        env_handle_free(h);
-        free(parting);
-    }
+    env_parting_step(&parting->wait, 0);
 }
 
 static void env_key_set_size(struct node *node, struct env_handle *h, off_t size,
                              struct request *rq) {
     if (h) {
         int r = 0;
-        if (size == 0 && !h->wrote) {
+        if (size == 0 && (!h->wrote || h->refused)) {
             env_handle_truncate(h);
+            h->wrote = h->dirty = h->failed = false;
+            h->refused = h->lost = 0;
         } else if ((size_t)size != h->content.len) {
             r = env_handle_resize(h, size);
             h->dirty = h->dirty || r == 0;
+            h->truncating = h->truncating || r == 0; /* appended bytes are not all of it now */
         }
         if (r < 0)
-            request_answer(rq, vm_fail(node->vm, r, "env/%s: a value takes %d bytes at most",
-                                       node->name, VAR_LIMIT));
+            request_answer(rq, r == -ERR_TOO_LARGE ? vars_refuse_length(node->vm, node->name) : r);
         else
             request_answer_attr(rq, node);
         return;
@@ -340,16 +487,8 @@ static void env_key_setattr(struct node *node, struct handle *handle, const stru
         request_answer(rq, -ERR_STALE);
         return;
     }
-    if (mask & NODE_SET_MODE)
-        var->mode = want->st_mode & 07777;
-    if (mask & NODE_SET_UID)
-        var->uid = want->st_uid;
-    if (mask & NODE_SET_GID)
-        var->gid = want->st_gid;
-    if (mask & NODE_SET_ATIME)
-        var->read = want->st_atim;
-    if (mask & NODE_SET_MTIME)
-        var->changed = want->st_mtim;
+    node_set_look(&var->look, want, mask);
+    vm_save_soon(node->vm);
     if (mask & NODE_SET_SIZE)
         env_key_set_size(node,
                          handle && handle->ops == &env_key_ops ? (struct env_handle *)handle : NULL,

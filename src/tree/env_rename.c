@@ -25,10 +25,7 @@ struct env_side {
     bool exists;
     /* What goes with the content to the other name. */
     struct buf content;
-    mode_t mode;
-    uid_t uid;
-    gid_t gid;
-    struct timespec changed, read;
+    struct look look;
     uint64_t number;
 };
 
@@ -55,20 +52,12 @@ static int env_side_take(struct vm *vm, const char *name, struct env_side *side)
     if (scratch) {
         side->scratch = scratch_ref(scratch);
         side->exists = true;
-        side->mode = scratch->mode;
-        side->uid = scratch->uid;
-        side->gid = scratch->gid;
-        side->changed = scratch->changed;
-        side->read = scratch->read;
+        side->look = scratch->look;
         side->number = scratch->number;
         buf_append(&side->content, scratch->content.data, scratch->content.len);
     } else if (var) {
         side->is_key = side->exists = true;
-        side->mode = var->mode;
-        side->uid = var->uid;
-        side->gid = var->gid;
-        side->changed = var->changed;
-        side->read = var->read;
+        side->look = var->look;
         side->number = var->number;
         if (!var->truncated) /* also what is still on its way */
             vars_newest(vm->vars, name, &side->content);
@@ -86,12 +75,9 @@ static void env_side_settle(struct node *dir, const struct env_side *from,
     if (to->is_key) {
         struct var *var = vars_find(vm->vars, to->name);
         if (var) {
-            var->mode = from->mode;
-            var->uid = from->uid;
-            var->gid = from->gid;
-            var->changed = from->changed;
-            var->read = from->read;
+            var->look = from->look;
             var->number = from->number;
+            vm_save_soon(vm);
         }
         if (node)
             node_set_kind(node, &env_key_ops, NULL);
@@ -99,17 +85,13 @@ static void env_side_settle(struct node *dir, const struct env_side *from,
     }
     /* A variable has become scratch. */
     struct scratch *scratch = scratch_find(vm->env_scratch, to->name);
-    if (!scratch && scratch_make(vm->env_scratch, to->name, false, from->mode, &scratch) < 0) {
+    if (!scratch && scratch_make(vm->env_scratch, to->name, false, from->look.mode, &scratch) < 0) {
         node_forget_child(dir, to->name);
         return;
     }
     scratch_resize(scratch, 0);
     scratch_write(scratch, from->content.data ? from->content.data : "", from->content.len, 0);
-    scratch->mode = from->mode;
-    scratch->uid = from->uid;
-    scratch->gid = from->gid;
-    scratch->changed = from->changed;
-    scratch->read = from->read;
+    scratch->look = from->look;
     scratch->number = from->number;
     if (node)
         node_set_kind(node, &scratch_file_ops, scratch_ref(scratch));
@@ -179,7 +161,7 @@ static int env_rename_reserve(struct env_rename *r) {
     if (r->to.is_key || !r->from.is_key)
         return 0;
     if (!scratch) {
-        int status = scratch_make(table, r->to.name, false, r->from.mode, &scratch);
+        int status = scratch_make(table, r->to.name, false, r->from.look.mode, &scratch);
         if (status < 0)
             return status;
         r->reserved = scratch_ref(scratch);

@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "guest/dotenv.h"
 #include "tree/env.h"
 #include "tree/text.h"
 #include "tree/tree.h"
@@ -30,126 +29,28 @@ struct environ_handle {
     struct handle handle;
     struct buf content;  /* the file; of `>>` what has been appended */
     struct buf snapshot; /* what is read */
-    bool truncating, wrote, dirty;
+    bool truncating;     /* emptied, and nothing written since */
+    uint64_t since;      /* vars_generation() at that moment */
+    bool wrote;          /* there was a commit, or a WRITE that was refused */
+    bool dirty;          /* changed since the last commit */
+    bool failed;         /* the last commit has: the next WRITE is to say how it is now */
+    int refused;         /* by a WRITE; no other is taken until the file is emptied */
+    int lost;            /* why what was acknowledged is not there and will not be: FLUSH says it */
     /* A first line that was merged, to be taken back when a later one is bad. No name: none. */
-    struct {
+    struct environ_first {
         char *name;
         bool set; /* it was, before */
         struct buf before, after;
+        int why; /* it is being taken back */
     } first;
-    size_t writing;
+    struct environ_commit {
+        bool busy;         /* one at a time; who comes meanwhile waits */
+        struct list waits; /* of vm_wait */
+        bool merge;        /* variables that the text does not name stay */
+        size_t writing;    /* bytes of the WRITE whose verdict it is; 0: of FLUSH or FSYNC */
+        struct buf before; /* the content before that WRITE */
+    } commit;
 };
-
-/* What a text says. */
-struct environ_changes {
-    struct var_change *changes;
-    size_t count, cap;
-};
-
-static void environ_change_free(struct var_change *change) {
-    free((char *)(uintptr_t)change->name);
-    explicit_bzero((char *)(uintptr_t)change->bytes, change->length);
-    free((char *)(uintptr_t)change->bytes);
-    *change = (struct var_change){0};
-}
-
-static void environ_changes_free(struct environ_changes *all) {
-    for (size_t i = 0; i < all->count; i++)
-        environ_change_free(&all->changes[i]);
-    free(all->changes);
-}
-
-/* The bytes of a variable that is set here read as any that a shell has written: with a newline. */
-static int environ_add(void *arg, const struct env_var *var) {
-    struct environ_changes *all = arg;
-    if (all->count == all->cap) {
-        size_t cap = all->cap ? all->cap * 2 : 32;
-        struct var_change *changes = realloc(all->changes, cap * sizeof *changes);
-        if (!changes)
-            return -ERR_NO_MEMORY;
-        all->changes = changes;
-        all->cap = cap;
-    }
-    char *name = strndup(var->name, var->name_length), *bytes = malloc(var->length + 1);
-    if (!name || !bytes) {
-        free(name);
-        free(bytes);
-        return -ERR_NO_MEMORY;
-    }
-    if (var->length)
-        memcpy(bytes, var->value, var->length);
-    bytes[var->length] = '\n';
-    all->changes[all->count++] =
-        (struct var_change){.name = name, .bytes = bytes, .length = var->length + 1};
-    return 0;
-}
-
-/* By name, and of one name in the order of the text: the pointers are into one array. */
-static int environ_order(const void *a, const void *b) {
-    struct var_change *const *x = a, *const *y = b;
-    int order = strcmp((*x)->name, (*y)->name);
-    return order ? order : *x < *y ? -1 : 1;
-}
-
-/* Of a name that comes twice the later counts. */
-static int environ_keep_last(struct environ_changes *all) {
-    cleanup_free struct var_change **sorted = calloc(all->count + 1, sizeof *sorted);
-    if (!sorted)
-        return -ERR_NO_MEMORY;
-    for (size_t i = 0; i < all->count; i++)
-        sorted[i] = &all->changes[i];
-    qsort(sorted, all->count, sizeof *sorted, environ_order);
-    for (size_t i = 1; i < all->count; i++)
-        if (strcmp(sorted[i - 1]->name, sorted[i]->name) == 0)
-            environ_change_free(sorted[i - 1]);
-    size_t kept = 0;
-    for (size_t i = 0; i < all->count; i++)
-        if (all->changes[i].name)
-            all->changes[kept++] = all->changes[i];
-    all->count = kept;
-    return 0;
-}
-
-static int environ_parse(struct vm *vm, const char *text, size_t length, bool more_may_come,
-                         struct environ_changes *ret_all, bool *ret_cut) {
-    struct dotenv_error error = {0};
-    *ret_cut = false;
-    int r = dotenv_parse(text, length, environ_add, ret_all, &error);
-    if (r == 0)
-        r = environ_keep_last(ret_all);
-    if (r != -ERR_INVALID)
-        return r;
-    if (more_may_come && (error.incomplete || error.in_name)) {
-        *ret_cut = true;
-        return 0;
-    }
-    return vm_fail(vm, r, "environ, line %u: %s; nothing has been changed", error.line, error.text);
-}
-
-static int environ_print_one(void *arg, const char *name, const char *bytes, size_t length) {
-    struct env_var var = {name, strlen(name), bytes, var_value_length(bytes, length)};
-    dotenv_format(arg, &var, 1);
-    return 0;
-}
-
-int environ_print(struct vm *vm, struct buf *out) {
-    bool wrapped = !vm->environ_plain && !RB_EMPTY(vars_index(vm->vars));
-    if (wrapped)
-        buf_append_str(out, DOTENV_BEGIN);
-    vars_each(vm->vars, environ_print_one, out);
-    if (wrapped)
-        buf_append_str(out, DOTENV_END);
-    return out->failed ? -ERR_NO_MEMORY : 0;
-}
-
-/* Everything has been replaced by this text. If that is what would be printed, but for the lines
- * around it, they are left out from now on: who compares it with his own finds no difference. */
-static void environ_note_style(struct vm *vm, const struct buf *text) {
-    cleanup_buf struct buf plain = {0};
-    vars_each(vm->vars, environ_print_one, &plain);
-    vm->environ_plain = plain.len > 0 && !plain.failed && plain.len == text->len &&
-                        memcmp(plain.data, text->data, plain.len) == 0;
-}
 
 static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     cleanup_buf struct buf text = {0};
@@ -160,6 +61,7 @@ static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = (off_t)text.len;
+    node_show_look(&node->vm->environ_look, &ret_stat->st);
     ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_written(node->vm->vars);
 }
 
@@ -186,8 +88,12 @@ struct environ_rename {
 
 static void environ_rename_answer(void *arg, int status, struct request *rq) {
     struct environ_rename *r = arg;
-    if (status == 0)
+    if (status == 0) {
         environ_note_style(r->dir->vm, &r->scratch->content);
+        r->dir->vm->environ_look = r->scratch->look;
+        vars_set_written(r->dir->vm->vars, &r->scratch->look.changed);
+        vm_save_soon(r->dir->vm);
+    }
     if (status == 0 && r->scratch->table) {
         node_move_child(r->dir, r->scratch->name, r->row->name);
         struct node *node = node_find_child(r->dir, r->row->name);
@@ -226,20 +132,6 @@ static bool environ_appends(const struct environ_handle *h) {
     return h->handle.flags & O_APPEND;
 }
 
-/* The verdict on what a handle has committed: by a WRITE of h->writing bytes, or by FLUSH or FSYNC.
- */
-static void environ_verdict(void *arg, int status, struct request *rq) {
-    struct environ_handle *h = arg;
-    if (status < 0)
-        h->dirty = false;
-    else if (!h->dirty && !environ_appends(h))
-        environ_note_style(h->handle.node->vm, &h->content);
-    if (status == 0 && h->writing)
-        request_answer_written(rq, h->writing);
-    else
-        request_answer(rq, status);
-}
-
 static void environ_forget_first(struct environ_handle *h) {
     free(h->first.name);
     h->first.name = NULL;
@@ -257,10 +149,11 @@ static void environ_remember_first(struct environ_handle *h, const struct enviro
     h->first.name = strdup(change->name);
 }
 
-static void environ_refused(void *arg, int status, struct request *rq) {
-    (void)arg;
+/* The verdict on taking back is nobody's: what was refused stays so. */
+static void environ_taken_back(void *arg, int status, struct request *rq) {
+    struct environ_handle *h = arg;
     (void)status;
-    request_answer(rq, -ERR_INVALID);
+    request_answer(rq, h->first.why);
 }
 
 /* A later line is bad: nothing is to have changed. The first is taken back, unless somebody else
@@ -268,23 +161,63 @@ static void environ_refused(void *arg, int status, struct request *rq) {
 static void environ_take_back(struct environ_handle *h, int status, struct request *rq) {
     struct node *node = h->handle.node;
     cleanup_buf struct buf now = {0};
-    bool ours = status == -ERR_INVALID && h->first.name &&
-                vars_newest(node->vm->vars, h->first.name, &now) && now.len == h->first.after.len &&
+    bool ours = h->first.name && vars_newest(node->vm->vars, h->first.name, &now) &&
+                now.len == h->first.after.len &&
                 (!now.len || memcmp(now.data, h->first.after.data, now.len) == 0);
     if (!ours) {
         request_answer(rq, status);
         return;
     }
-    struct var_change undo = {.name = h->first.name,
-                              .bytes = !h->first.set          ? NULL
-                                       : h->first.before.data ? h->first.before.data
-                                                              : "",
-                              .length = h->first.before.len};
-    struct vm_wait *wait = guest_wait(node, "environ", environ_refused, NULL, rq);
-    int r = wait ? vars_commit(node->vm->vars, &undo, 1, wait) : 0;
+    h->first.why = status;
+    struct var_change change = {.name = h->first.name,
+                                .bytes = !h->first.set          ? NULL
+                                         : h->first.before.data ? h->first.before.data
+                                                                : "",
+                                .length = h->first.before.len};
+    struct vm_wait *wait = guest_wait(node, "environ", environ_taken_back, h, rq);
+    int r = wait ? vars_commit(node->vm->vars, &change, 1, wait) : 0;
     if (r < 0)
         guest_wait_settle(wait, r);
     environ_forget_first(h);
+}
+
+/* No WRITE is taken any more, so that a text of which a line is missing never replaces anything. */
+static void environ_refuse(struct environ_handle *h, int status, struct request *rq) {
+    h->refused = status;
+    h->lost = h->dirty || h->first.name ? status : 0;
+    h->wrote = true; /* it is no empty file */
+    h->truncating = h->dirty = false;
+    buf_clear(&h->content);
+    environ_take_back(h, status, rq);
+}
+
+/* The verdict on what a handle has committed. What was acknowledged and then not committed stays
+ * dirty, and each FLUSH tries again: the one that failed may have been that of a child that knows
+ * nothing of the file. */
+static void environ_verdict(void *arg, int status, struct request *rq) {
+    struct environ_handle *h = arg;
+    size_t writing = h->commit.writing;
+    h->commit.busy = false;
+    h->failed = status < 0;
+    if (status < 0 && writing) {
+        struct buf written = h->content;
+        h->content = h->commit.before;
+        h->commit.before = written;
+        environ_forget_first(h);
+    } else if (status < 0) {
+        h->dirty = h->dirty || !h->refused;
+    } else {
+        /* A first line that is merged is followed by the rest at FLUSH. */
+        h->dirty = (h->dirty && !writing) || (h->commit.merge && !environ_appends(h));
+        if (!h->dirty && !h->refused && !environ_appends(h))
+            environ_note_style(h->handle.node->vm, &h->content);
+    }
+    buf_clear(&h->commit.before);
+    vm_wait_wake(&h->commit.waits, 0);
+    if (status == 0 && writing)
+        request_answer_written(rq, writing);
+    else
+        request_answer(rq, status);
 }
 
 /* Commits what the handle holds. `merge`: variables that it does not name stay. */
@@ -293,17 +226,19 @@ static void environ_handle_commit(struct environ_handle *h, bool merge, size_t w
     struct environ_changes all = {0};
     bool cut;
     const char *text = h->content.data ? h->content.data : "";
-    h->wrote = true;
-    h->dirty = h->truncating = false;
-    h->writing = writing;
     int r = environ_parse(h->handle.node->vm, text, h->content.len, false, &all, &cut);
-    if (r < 0) {
+    if (r < 0) { /* its end is missing, and may still come */
         environ_changes_free(&all);
-        request_answer(rq, r);
+        h->wrote = true;
+        environ_take_back(h, r, rq);
         return;
     }
-    /* A first line that is merged is followed by the rest at FLUSH. */
-    h->dirty = merge && !environ_appends(h);
+    h->wrote = true;
+    h->truncating = false;
+    h->dirty = h->dirty && writing;
+    h->commit.busy = true;
+    h->commit.merge = merge;
+    h->commit.writing = writing;
     if (merge && writing)
         environ_remember_first(h, &all);
     environ_commit(h->handle.node, &all, merge, environ_verdict, h, rq);
@@ -316,11 +251,16 @@ static int environ_load(struct environ_handle *h) {
     return r < 0 ? r : h->content.failed;
 }
 
+static void environ_wipe(struct buf *text) {
+    if (text->data)
+        explicit_bzero(text->data, text->len);
+    buf_free(text);
+}
+
 static void environ_free(struct environ_handle *h) {
-    if (h->content.data)
-        explicit_bzero(h->content.data, h->content.len);
-    buf_free(&h->content);
-    buf_free(&h->snapshot);
+    environ_wipe(&h->content);
+    environ_wipe(&h->snapshot);
+    environ_wipe(&h->commit.before);
     environ_forget_first(h);
     handle_done(&h->handle);
     free(h);
@@ -338,16 +278,33 @@ static void environ_open_answer(void *arg, int status, struct request *rq) {
     }
 }
 
-static void environ_open(struct node *node, int flags, struct request *rq) {
+static struct environ_handle *environ_handle_new(struct node *node, int flags) {
     struct environ_handle *h = calloc(1, sizeof *h);
-    if (!h || node->vm->gone) {
-        free(h);
+    if (!h)
+        return NULL;
+    handle_init(&h->handle, node, flags);
+    list_init(&h->commit.waits);
+    return h;
+}
+
+/* As on the day it was opened, and empty. */
+static void environ_truncate(struct environ_handle *h) {
+    buf_clear(&h->content);
+    environ_forget_first(h);
+    h->since = vars_generation(h->handle.node->vm->vars);
+    h->truncating = true;
+    h->wrote = h->dirty = h->failed = false;
+    h->refused = h->lost = 0;
+}
+
+static void environ_open(struct node *node, int flags, struct request *rq) {
+    struct environ_handle *h = node->vm->gone ? NULL : environ_handle_new(node, flags);
+    if (!h) {
         request_answer(rq, node->vm->gone ? -ERR_GONE : -ERR_NO_MEMORY);
         return;
     }
-    handle_init(&h->handle, node, flags);
     if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY) {
-        h->truncating = true;
+        environ_truncate(h);
         request_answer_opened(rq, &h->handle);
         return;
     }
@@ -359,7 +316,7 @@ static void environ_open(struct node *node, int flags, struct request *rq) {
 
 void environ_create(struct node *dir, const struct node_row *row, int flags, struct request *rq) {
     struct node *node = node_child(dir, row->name, &environ_ops, row, dir->vm);
-    struct environ_handle *h = node ? calloc(1, sizeof *h) : NULL;
+    struct environ_handle *h = node ? environ_handle_new(node, flags) : NULL;
     if (!h) {
         if (node)
             node_unref(node);
@@ -367,14 +324,14 @@ void environ_create(struct node *dir, const struct node_row *row, int flags, str
         return;
     }
     dir->vm->environ_removed = 0;
-    handle_init(&h->handle, node, flags);
-    h->truncating = true;
+    environ_truncate(h);
     request_answer_created(rq, node, &h->handle);
 }
 
 static void environ_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
-    const struct buf *text = h->wrote || h->dirty || h->truncating ? &h->content : &h->snapshot;
+    bool own = (h->wrote || h->dirty || h->truncating) && !h->refused;
+    const struct buf *text = own ? &h->content : &h->snapshot;
     buf_answer_read(text, length, offset, rq);
 }
 
@@ -394,67 +351,138 @@ static int environ_patch(struct environ_handle *h, const char *data, size_t leng
     return h->content.failed;
 }
 
+/* Is the text complete and good, or a piece of one that may become so? `ret_cut`: it ends inside of
+ * something. */
+static int environ_judge(struct environ_handle *h, bool in_a_line, bool *ret_cut) {
+    struct environ_changes all = {0};
+    int r = environ_parse(h->handle.node->vm, h->content.data, h->content.len,
+                          in_a_line || h->dirty, &all, ret_cut);
+    environ_changes_free(&all);
+    return r;
+}
+
 static void environ_write(struct handle *handle, const char *data, size_t length, off_t offset,
                           struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
-    struct environ_changes all = {0};
     bool cut = false;
-    if (environ_appends(h))
-        offset = (off_t)h->content.len;
-    size_t was = h->content.len;
-    int r = environ_patch(h, data, length, offset);
-    bool in_a_line = length > 0 && data[length - 1] != '\n';
-    /* A small piece that leaves its line open has nothing to be judged by yet. */
-    if (r == 0 && (!h->dirty || !in_a_line || length >= ENVIRON_BLOCK))
-        r = environ_parse(handle->node->vm, h->content.data, h->content.len, in_a_line || h->dirty,
-                          &all, &cut);
-    environ_changes_free(&all);
-    if (r < 0) {
-        h->content.failed = 0;
-        h->content.len = was < h->content.len ? was : h->content.len;
-        h->wrote = true; /* a refused write is no empty file */
-        h->truncating = h->dirty = false;
-        environ_take_back(h, r, rq);
+    if (h->refused) {
+        request_answer(rq, h->refused);
         return;
     }
+    if (environ_appends(h))
+        offset = (off_t)h->content.len;
+    bool in_a_line = length > 0 && data[length - 1] != '\n';
     /* The kernel cuts what is longer than a MiB, where the pages of the writer's buffer end. */
     bool piece = (in_a_line && length >= ENVIRON_BLOCK) || length >= ENVIRON_LARGEST;
-    bool first = !h->wrote && !h->dirty && !cut && !piece;
-    if (first) {
+    bool first = (h->failed || (!h->wrote && !h->dirty)) && !h->commit.busy && !piece;
+    if (first)
+        buf_append(&h->commit.before, h->content.data, h->content.len);
+    int r =
+        h->commit.before.failed ? h->commit.before.failed : environ_patch(h, data, length, offset);
+    /* A small piece that leaves its line open has nothing to be judged by yet. */
+    if (r == 0 && (first || !h->dirty || !in_a_line || length >= ENVIRON_BLOCK))
+        r = environ_judge(h, in_a_line, &cut);
+    if (r == 0 && first && !cut) {
         /* A shell's echo or printf writes line by line. Were all other variables gone with the
          * first of many lines, the guest would miss them for a moment, and for good when a later
          * line is bad. So a first WRITE of a single line is merged, for its verdict, and FLUSH
          * replaces the rest. */
-        bool one_line = memchr(data, '\n', length) == data + length - 1;
+        bool one_line = !h->dirty && memchr(data, '\n', length) == data + length - 1;
         environ_handle_commit(h, environ_appends(h) || one_line, length, rq);
+        return;
+    }
+    buf_clear(&h->commit.before);
+    if (r < 0) {
+        environ_refuse(h, r, rq);
+        return;
+    }
+    h->dirty = true;
+    request_answer_written(rq, length);
+}
+
+static void environ_sync(struct environ_handle *h, bool pending, struct request *rq);
+
+static void environ_waited(void *arg, int status, struct request *rq) {
+    struct environ_handle *h = arg;
+    if (status < 0)
+        request_answer(rq, status);
+    else
+        environ_sync(h, h->dirty, rq);
+}
+
+/* FLUSH and FSYNC. */
+static void environ_sync(struct environ_handle *h, bool pending, struct request *rq) {
+    if (h->commit.busy) {
+        struct vm_wait *wait = guest_wait(h->handle.node, "environ", environ_waited, h, rq);
+        if (wait)
+            list_append(&h->commit.waits, &wait->link);
+    } else if (pending) {
+        environ_handle_commit(h, environ_appends(h), 0, rq);
     } else {
-        h->dirty = true;
-        request_answer_written(rq, length);
+        request_answer(rq, h->lost);
     }
 }
 
 static void environ_flush(struct handle *handle, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
-    if (h->dirty)
-        environ_handle_commit(h, environ_appends(h), 0, rq);
-    else
-        request_answer(rq, 0);
+    environ_sync(h, h->dirty, rq);
 }
 
 static void environ_fsync(struct handle *handle, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
-    if (h->dirty || (h->truncating && !h->wrote))
-        environ_handle_commit(h, environ_appends(h), 0, rq);
-    else
-        request_answer(rq, 0);
+    environ_sync(h, h->dirty || (h->truncating && !h->wrote), rq);
+}
+
+/* A handle that was emptied, and closed. Nobody is there to be told the verdict: a failure is in
+ * `error` and in the log. */
+struct environ_parting {
+    struct vm_wait wait;
+    struct environ_handle *h;
+};
+
+static void environ_parting_done(struct vm_wait *wait, int status) {
+    struct environ_parting *parting = LIST_OWNER(wait, struct environ_parting, wait);
+    struct vm *vm = parting->h->handle.node->vm;
+    if (status == 0)
+        environ_note_style(vm, &parting->h->content);
+    environ_free(parting->h);
+    free(parting);
+}
+
+/* What others have committed since then stays; what is under way may fail, so its verdict is waited
+ * for. */
+static void environ_parting_step(struct vm_wait *wait, int status) {
+    struct environ_parting *parting = LIST_OWNER(wait, struct environ_parting, wait);
+    struct vm *vm = parting->h->handle.node->vm;
+    (void)status;
+    bool over = vm->gone || vars_generation(vm->vars) != parting->h->since;
+    if (!over && vars_await(vm->vars, NULL, wait))
+        return;
+    wait->done = environ_parting_done;
+    int r = over ? -ERR_EXISTS : vars_replace(vm->vars, NULL, 0, wait);
+    if (r < 0)
+        environ_parting_done(wait, r);
 }
 
 static void environ_release(struct handle *handle) {
     struct environ_handle *h = (struct environ_handle *)handle;
-    /* Nobody is there to be told; a failure is in `error` and in the log. */
-    if (h->truncating && !h->wrote && !h->dirty && !handle->node->vm->gone)
-        vars_replace(handle->node->vm->vars, NULL, 0, NULL);
-    environ_free(h);
+    bool pending = h->truncating && !h->wrote && !h->dirty;
+    struct environ_parting *parting = pending ? calloc(1, sizeof *parting) : NULL;
+    if (!parting) {
+        environ_free(h);
+        return;
+    }
+    list_remove(&handle->open); /* the transport has nothing to do with it any more */
+    parting->wait.done = environ_parting_step;
+    list_init(&parting->wait.link);
+    parting->h = h;
+    environ_parting_step(&parting->wait, 0);
+}
+
+static void environ_emptied(void *arg, int status, struct request *rq) {
+    if (status == 0)
+        environ_note_style(arg, &(struct buf){0});
+    request_answer(rq, status);
 }
 
 static void environ_setattr(struct node *node, struct handle *handle, const struct stat *want,
@@ -462,17 +490,22 @@ static void environ_setattr(struct node *node, struct handle *handle, const stru
     struct environ_handle *h =
         handle && handle->ops == &environ_ops ? (struct environ_handle *)handle : NULL;
     struct environ_changes none = {0};
+    node_set_look(&node->vm->environ_look, want, mask);
+    if (mask & NODE_SET_MTIME)
+        vars_set_written(node->vm->vars, &want->st_mtim);
+    vm_save_soon(node->vm);
     if (!(mask & NODE_SET_SIZE)) {
-        request_answer_attr(rq, node); /* mode, owner and times are what they are */
+        request_answer_attr(rq, node);
     } else if (h && (size_t)want->st_size <= h->content.len) {
-        h->content.len = (size_t)want->st_size;
-        if (want->st_size == 0 && !h->wrote)
-            h->truncating = true;
-        else
-            h->dirty = true;
+        if (want->st_size == 0 && (!h->wrote || h->refused)) {
+            environ_truncate(h);
+        } else {
+            h->content.len = (size_t)want->st_size;
+            h->dirty = !h->refused;
+        }
         request_answer_attr(rq, node);
     } else if (!h && want->st_size == 0) {
-        environ_commit(node, &none, false, env_answer_plain, NULL, rq);
+        environ_commit(node, &none, false, environ_emptied, node->vm, rq);
     } else {
         request_answer(rq, want->st_size > ENVIRON_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID);
     }

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "util/errors.h"
+#include "vm/look.h"
 #include "vm/vm.h"
 
 static int node_compare(struct node *a, struct node *b) {
@@ -156,6 +157,27 @@ void node_stat_init(const struct node *node, struct node_stat *ret_stat) {
         .entry_seconds = 1,
         .attr_seconds = 1,
     };
+}
+
+void node_show_look(const struct look *look, struct stat *st) {
+    st->st_mode = (st->st_mode & S_IFMT) | look->mode;
+    st->st_uid = look->uid;
+    st->st_gid = look->gid;
+    st->st_mtim = st->st_ctim = look->changed;
+    st->st_atim = look->read;
+}
+
+void node_set_look(struct look *look, const struct stat *want, unsigned mask) {
+    if (mask & NODE_SET_MODE)
+        look->mode = want->st_mode & 07777;
+    if (mask & NODE_SET_UID)
+        look->uid = want->st_uid;
+    if (mask & NODE_SET_GID)
+        look->gid = want->st_gid;
+    if (mask & NODE_SET_ATIME)
+        look->read = want->st_atim;
+    if (mask & NODE_SET_MTIME)
+        look->changed = want->st_mtim;
 }
 
 void handle_init(struct handle *handle, struct node *node, int flags) {

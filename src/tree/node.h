@@ -158,6 +158,11 @@ void node_list_free(struct node_list *list);
 /* Fills in the owner, link count and times that all nodes have by default. */
 void node_stat_init(const struct node *node, struct node_stat *ret_stat);
 
+/* Shows and changes what chmod, chown and utimes can change; `mask` as of setattr. */
+struct look;
+void node_show_look(const struct look *look, struct stat *st);
+void node_set_look(struct look *look, const struct stat *want, unsigned mask);
+
 /* A handle without anything of its own. */
 void node_open_plain(struct node *node, int flags, struct request *rq);
 void node_release_plain(struct handle *handle);

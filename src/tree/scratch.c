@@ -17,19 +17,34 @@
 /* Scratch files behave as on any disk. A handle and a node each hold a reference, so that what is
  * removed or renamed away stays usable for who has it open. */
 
-/* A variable's name with a suffix: KEY.orig, KEY.oXXXXXX (patch creates that O_WRONLY). */
-static bool scratch_is_beside(struct vm *vm, const char *name) {
-    size_t length = strcspn(name, ".");
-    if (!name[length] || !env_name_is_valid(name, length))
-        return false;
-    cleanup_free char *key = strndup(name, length);
-    return key && vars_find(vm->vars, key);
+/* `sed s/a/b/ KEY > KEY.tmp && mv KEY.tmp KEY`: what people call such a file. */
+static bool scratch_suffix_is_usual(const char *suffix) {
+    static const char *const usual[] = {"tmp", "new", "old", "bak", "orig", "part", "lock", "swp"};
+    for (size_t i = 0; i < sizeof usual / sizeof *usual; i++)
+        if (strcmp(suffix, usual[i]) == 0)
+            return true;
+    return false;
+}
+
+static bool scratch_is_wanted_at(const char *name, int flags, bool beside) {
+    if (scratch_name_is_special(name))
+        return true;
+    if (flags & O_EXCL) /* patch creates KEY.oXXXXXX O_WRONLY */
+        return beside || (flags & O_ACCMODE) == O_RDWR;
+    return beside && scratch_suffix_is_usual(strchr(name, '.') + 1);
 }
 
 bool scratch_is_wanted(struct vm *vm, const char *name, int flags) {
-    if (scratch_name_is_special(name))
-        return true;
-    return (flags & O_EXCL) && ((flags & O_ACCMODE) == O_RDWR || scratch_is_beside(vm, name));
+    size_t length = strcspn(name, ".");
+    cleanup_free char *key =
+        name[length] && env_name_is_valid(name, length) ? strndup(name, length) : NULL;
+    return scratch_is_wanted_at(name, flags, key && vars_find(vm->vars, key));
+}
+
+bool scratch_is_wanted_beside(const char *file, const char *name, int flags) {
+    size_t length = strlen(file);
+    return scratch_is_wanted_at(name, flags,
+                                strncmp(name, file, length) == 0 && name[length] == '.');
 }
 
 static void scratch_stat(const struct node *node, struct node_stat *ret_stat) {
@@ -37,13 +52,10 @@ static void scratch_stat(const struct node *node, struct node_stat *ret_stat) {
     node_stat_init(node, ret_stat);
     ret_stat->entry_seconds = ret_stat->attr_seconds = 0;
     ret_stat->st.st_ino = node_inode(node->vm, scratch->number);
-    ret_stat->st.st_mode = (scratch->directory ? S_IFDIR : S_IFREG) | scratch->mode;
+    ret_stat->st.st_mode = scratch->directory ? S_IFDIR : S_IFREG;
+    node_show_look(&scratch->look, &ret_stat->st);
     ret_stat->st.st_nlink = !scratch->table ? 0 : scratch->directory ? 2 : 1;
-    ret_stat->st.st_uid = scratch->uid;
-    ret_stat->st.st_gid = scratch->gid;
     ret_stat->st.st_size = (off_t)scratch->content.len;
-    ret_stat->st.st_mtim = ret_stat->st.st_ctim = scratch->changed;
-    ret_stat->st.st_atim = scratch->read;
 }
 
 static void scratch_free_node(struct node *node) {
@@ -254,18 +266,9 @@ static void scratch_setattr(struct node *node, struct handle *handle, const stru
                                   ? ((struct scratch_handle *)handle)->scratch
                                   : node->object;
     int r = 0;
-    if (mask & NODE_SET_MODE)
-        scratch->mode = want->st_mode & 07777;
-    if (mask & NODE_SET_UID)
-        scratch->uid = want->st_uid;
-    if (mask & NODE_SET_GID)
-        scratch->gid = want->st_gid;
     if (mask & NODE_SET_SIZE)
         r = scratch_explain(node, scratch_resize(scratch, want->st_size));
-    if (mask & NODE_SET_ATIME)
-        scratch->read = want->st_atim;
-    if (mask & NODE_SET_MTIME)
-        scratch->changed = want->st_mtim;
+    node_set_look(&scratch->look, want, mask); /* its time after the change of size */
     if (r < 0)
         request_answer(rq, r);
     else

@@ -9,8 +9,10 @@ extern const struct node_ops scratch_file_ops;
 extern const struct node_ops scratch_dir_ops;
 
 /* Is what is created by this name with these flags scratch? mkstemp(3) opens O_RDWR|O_CREAT|O_EXCL;
- * its names may look like anything. */
+ * its names may look like anything. Others are beside a variable: KEY.tmp. */
 bool scratch_is_wanted(struct vm *vm, const char *name, int flags);
+/* The same where not variables but one file is to be replaced. */
+bool scratch_is_wanted_beside(const char *file, const char *name, int flags);
 
 /* The node of a scratch; a new reference. NULL: no memory. */
 struct node *scratch_node(struct node *dir, struct scratch *scratch);

@@ -41,8 +41,8 @@ static const struct node_row vmdir_rows[] = {
     /* First: what removes all meets a file that no tool replaces (vm_guards). */
     {"console", S_IFREG | 0400, &console_ops, NULL},
     {"config", S_IFDIR | 0755, &config_ops, NULL},
-    {"env", S_IFDIR | 0700, &env_ops, NULL},
-    {"environ", S_IFREG | 0600, &environ_ops, NULL},
+    {"env", S_IFDIR | VM_ENV_MODE, &env_ops, NULL},
+    {"environ", S_IFREG | VM_ENVIRON_MODE, &environ_ops, NULL},
     {"error", S_IFREG | 0400, &text_ops, vmdir_error},
     {"exec", S_IFREG | 0600, &exec_ops, NULL},
     {"forward", S_IFREG | 0644, &forward_ops, NULL},
@@ -145,8 +145,10 @@ static void vmdir_create(struct node *dir, const char *name, int flags, mode_t m
     else if (row && row->ops == &forward_ops) {
         prepare_show(dir->vm, vmdir_slot(row));
         forward_create(dir, row, flags, rq);
-    } else if (scratch_is_wanted(dir->vm, name, flags) || scratch_find(dir->vm->vm_scratch, name))
-        scratch_create(dir, dir->vm->vm_scratch, name, flags, mode, rq);
+    } else if (scratch_is_wanted_beside("environ", name, flags) ||
+               scratch_is_wanted_beside("forward", name, flags) ||
+               scratch_find(dir->vm->vm_scratch, name))
+        scratch_create(dir, dir->vm->vm_scratch, name, flags, mode & 0700, rq);
     else
         request_answer(rq, -ERR_NOT_PERMITTED);
 }

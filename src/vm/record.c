@@ -31,6 +31,35 @@ struct record_writing {
     int status;
 };
 
+/* How env/ and environ look: what was made of them, and their times. */
+static void record_save_looks(const struct vm *vm, json_t *record) {
+    const struct look usual = {.uid = vm->daemon->uid, .gid = vm->daemon->gid};
+    struct look look = vm->env_look;
+    json_t *env = json_object(), *environ = json_object();
+    look.changed = *vars_changed(vm->vars);
+    look_save(&look, &usual, env);
+    look = vm->environ_look;
+    look.changed = *vars_written(vm->vars);
+    look_save(&look, &usual, environ);
+    if (vm->environ_style == ENVIRON_EXPORT)
+        json_object_set_new(environ, "style", json_string("export"));
+    json_object_set_new(record, "env", env);
+    json_object_set_new(record, "environ", environ);
+}
+
+static void record_load_looks(struct vm *vm, const json_t *record) {
+    const json_t *env = json_object_get(record, "env"),
+                 *environ = json_object_get(record, "environ");
+    const char *style = json_string_value(json_object_get(environ, "style"));
+    vm->environ_style = style && strcmp(style, "export") == 0 ? ENVIRON_EXPORT : ENVIRON_SET_A;
+    vm->env_look.changed = *vars_changed(vm->vars);
+    vm->environ_look.changed = *vars_written(vm->vars);
+    look_load(&vm->env_look, env);
+    look_load(&vm->environ_look, environ);
+    vars_set_changed(vm->vars, &vm->env_look.changed);
+    vars_set_written(vm->vars, &vm->environ_look.changed);
+}
+
 static json_t *record_make(struct vm *vm) {
     /* A machine that is being left is not to be attached again. */
     bool left = machine_is_existing(vm) && vm->state == VM_STOPPING;
@@ -52,6 +81,8 @@ static json_t *record_make(struct vm *vm) {
         "vmm", vmm, "variables", variables);
     if (record)
         machine_save(vm, record);
+    if (record)
+        record_save_looks(vm, record);
     if (record && vm->ephemeral)
         json_object_set_new(record, "ephemeral", json_true());
     if (record && vm->running_since.tv_sec)
@@ -168,7 +199,7 @@ static void record_due(uv_timer_t *timer) {
 }
 
 void vm_save_soon(struct vm *vm) {
-    if (!uv_is_active((uv_handle_t *)vm->save_timer))
+    if (!vm->gone && !uv_is_active((uv_handle_t *)vm->save_timer))
         uv_timer_start(vm->save_timer, record_due, VM_SAVE_SOON_MS, 0);
 }
 
@@ -302,6 +333,7 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
         vm_fail(vm, r, "%s: some variables in %s cannot be read and are left out%s%s", vm->id, path,
                 kept ? "; it is kept as " : "", kept ? aside : "");
     }
+    record_load_looks(vm, record);
     jobs_load(vm->jobs, vm);
     record_adopt(vm, record);
     json_decref(record);

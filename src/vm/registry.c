@@ -36,6 +36,13 @@ struct vm *vm_find(struct daemon *d, const char *id) {
     return RB_FIND(vm_index, &d->vms, &key);
 }
 
+static void vm_look_init(struct vm *vm) {
+    vm->env_look = (struct look){
+        .mode = VM_ENV_MODE, .uid = vm->daemon->uid, .gid = vm->daemon->gid, .read = vm->created};
+    vm->environ_look = vm->env_look;
+    vm->environ_look.mode = VM_ENVIRON_MODE;
+}
+
 struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir) {
     struct vm *vm = calloc(1, sizeof *vm);
     if (!vm)
@@ -57,6 +64,7 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     vm->changed = vm->created;
     for (size_t i = 0; i < CONFIG_SETTINGS; i++)
         vm->config_files[i].changed = vm->created;
+    vm_look_init(vm);
     vm->id = strdup(id);
     vm->dir = strdup(dir);
     vm->vars = vars_new(vm);

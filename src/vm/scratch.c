@@ -116,13 +116,13 @@ int scratch_make(struct scratches *table, const char *name, bool directory, mode
     scratch->table = table;
     scratch->refs = 1;
     scratch->directory = directory;
-    scratch->mode = mode & 07777;
-    scratch->uid = table->vm->daemon->uid;
-    scratch->gid = table->vm->daemon->gid;
+    scratch->look.mode = mode & 07777;
+    scratch->look.uid = table->vm->daemon->uid;
+    scratch->look.gid = table->vm->daemon->gid;
     scratch->number = SCRATCH_FIRST_NUMBER + ++table->vm->last_scratch % (SCRATCH_FIRST_NUMBER / 2);
     scratch->used = scratch_now(table);
-    clock_gettime(CLOCK_REALTIME, &scratch->changed);
-    scratch->read = scratch->changed;
+    clock_gettime(CLOCK_REALTIME, &scratch->look.changed);
+    scratch->look.read = scratch->look.changed;
     RB_INSERT(scratch_index, &table->index, scratch);
     if (table->count++ == 0 && !table->kept)
         uv_timer_start(table->timer, scratches_expire,
@@ -190,7 +190,7 @@ int scratch_resize(struct scratch *scratch, off_t size) {
     content->len = (size_t)size;
     if (table)
         table->bytes = table->bytes - was + content->len;
-    clock_gettime(CLOCK_REALTIME, &scratch->changed);
+    clock_gettime(CLOCK_REALTIME, &scratch->look.changed);
     return 0;
 }
 
@@ -204,6 +204,6 @@ int scratch_write(struct scratch *scratch, const char *data, size_t length, off_
     if (length)
         memcpy(scratch->content.data + offset, data, length);
     scratch_use(scratch);
-    clock_gettime(CLOCK_REALTIME, &scratch->changed);
+    clock_gettime(CLOCK_REALTIME, &scratch->look.changed);
     return 0;
 }

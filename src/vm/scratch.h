@@ -7,6 +7,7 @@
 #include <uv/tree.h>
 
 #include "util/buf.h"
+#include "vm/look.h"
 
 /* Scratch: the temporary files and lock directories that tools make beside their target, and rename
  * onto it (design, section 2: staging). It lives in memory only, never reaches a guest, is bounded,
@@ -28,10 +29,7 @@ struct scratch {
     char *name;
     bool directory;
     struct buf content;
-    mode_t mode; /* permission bits */
-    uid_t uid;
-    gid_t gid;
-    struct timespec changed, read;
+    struct look look;
     uint64_t number;
     uint64_t used; /* of uv_now() */
 };

@@ -8,6 +8,7 @@
 #include "util/errors.h"
 #include "util/log.h"
 #include "vm/control.h"
+#include "vm/scratch.h"
 #include "vm/vars_internal.h"
 
 static int var_compare(struct var *a, struct var *b) {
@@ -80,9 +81,29 @@ const struct timespec *vars_written(const struct vars *vars) {
     return &vars->written;
 }
 
+void vars_set_changed(struct vars *vars, const struct timespec *when) {
+    vars->changed = *when;
+}
+
+void vars_set_written(struct vars *vars, const struct timespec *when) {
+    vars->written = *when;
+}
+
+uint64_t vars_generation(const struct vars *vars) {
+    return vars->generation;
+}
+
 struct var *vars_find(struct vars *vars, const char *name) {
     struct var key = {.name = (char *)(uintptr_t)name};
     return RB_FIND(var_index, &vars->index, &key);
+}
+
+/* What a file of env/ looks like that nobody has changed. */
+static struct look vars_usual_look(const struct vars *vars) {
+    struct look look = {.mode = 0600, .uid = vars->vm->daemon->uid, .gid = vars->vm->daemon->gid};
+    clock_gettime(CLOCK_REALTIME, &look.changed);
+    look.read = look.changed;
+    return look;
 }
 
 static struct var *vars_add(struct vars *vars, const char *name) {
@@ -95,12 +116,8 @@ static struct var *vars_add(struct vars *vars, const char *name) {
         return NULL;
     }
     var->number = ++vars->last_number;
-    var->mode = 0600;
-    var->uid = vars->vm->daemon->uid;
-    var->gid = vars->vm->daemon->gid;
-    clock_gettime(CLOCK_REALTIME, &var->changed);
-    var->read = var->changed;
-    vars->changed = var->changed;
+    var->look = vars_usual_look(vars);
+    vars->changed = var->look.changed;
     RB_INSERT(var_index, &vars->index, var);
     return var;
 }
@@ -125,10 +142,8 @@ struct var *vars_create(struct vars *vars, const char *name) {
 
 void vars_move(struct vars *vars, const char *name, const char *new_name) {
     struct var *from = vars_find(vars, name), *to = vars_find(vars, new_name);
-    if (to) {
+    if (to)
         to->creating = from ? from->creating : 0;
-        to->truncated = from ? from->truncated : 0;
-    }
     vars_abandon(vars, name);
 }
 
@@ -170,9 +185,10 @@ int vars_set(struct vars *vars, const char *name, const char *bytes, size_t leng
     var->length = length;
     var->set = true;
     vars->total += strlen(name) + length;
-    clock_gettime(CLOCK_REALTIME, &var->changed);
-    vars->written = var->changed;
-    vars->generation++;
+    clock_gettime(CLOCK_REALTIME, &var->look.changed);
+    vars->written = var->look.changed;
+    var->generation = ++vars->generation;
+    var->truncated = 0; /* what was truncated before has been written since */
     return 0;
 }
 
@@ -186,8 +202,13 @@ void vars_unset(struct vars *vars, const char *name) {
     var->length = 0;
     var->set = false;
     clock_gettime(CLOCK_REALTIME, &vars->written);
-    vars->generation++;
+    var->generation = ++vars->generation;
     vars_drop_unused(vars, var);
+}
+
+bool var_fits(const char *name, size_t length, bool newline) {
+    /* One more byte may be the newline that is not part of the value. */
+    return strlen(name) + length <= VAR_LIMIT + (size_t)newline;
 }
 
 size_t var_value_length(const char *bytes, size_t length) {
@@ -324,19 +345,31 @@ static int vars_load_latin1(struct buf *out, const char *text, size_t length) {
     return out->failed;
 }
 
+struct vars_saving {
+    struct vars *vars;
+    json_t *list;
+    struct look usual;
+};
+
 static int vars_save_one(void *arg, const char *name, const char *bytes, size_t length) {
-    json_t *list = arg;
+    struct vars_saving *saving = arg;
+    const struct var *var = vars_find(saving->vars, name);
     json_t *value = json_stringn(bytes, length);
     const char *key = value ? "bytes" : "latin1";
     if (!value)
         value = vars_save_latin1(bytes, length);
     json_t *one = json_pack("{s:s, s:o}", "name", name, key, value);
-    return json_array_append_new(list, one) < 0 ? -ERR_NO_MEMORY : 0;
+    if (one && var) {
+        json_object_set_new(one, "number", json_integer((json_int_t)var->number));
+        look_save(&var->look, &saving->usual, one);
+    }
+    return json_array_append_new(saving->list, one) < 0 ? -ERR_NO_MEMORY : 0;
 }
 
 json_t *vars_save(const struct vars *vars) {
     json_t *list = json_array();
-    if (list && vars_walk(vars, vars_disk_batch(vars), vars_save_one, list) < 0) {
+    struct vars_saving saving = {(struct vars *)(uintptr_t)vars, list, vars_usual_look(vars)};
+    if (list && vars_walk(vars, vars_disk_batch(vars), vars_save_one, &saving) < 0) {
         json_decref(list);
         return NULL;
     }
@@ -361,6 +394,20 @@ int vars_each(struct vars *vars,
     return r;
 }
 
+static void vars_load_look(struct vars *vars, struct var *var, const json_t *one) {
+    json_int_t number = json_integer_value(json_object_get(one, "number"));
+    look_load(&var->look, one);
+    if (number < VAR_FIRST_NUMBER || number > UINT32_MAX)
+        return;
+    var->number = (uint64_t)number;
+    /* What is new gets another; scratch that was renamed has kept its own. */
+    if (var->number >= SCRATCH_FIRST_NUMBER &&
+        var->number - SCRATCH_FIRST_NUMBER > vars->vm->last_scratch)
+        vars->vm->last_scratch = var->number - SCRATCH_FIRST_NUMBER;
+    else if (var->number < SCRATCH_FIRST_NUMBER && var->number > vars->last_number)
+        vars->last_number = var->number;
+}
+
 static int vars_load_one(struct vars *vars, const json_t *one) {
     const json_t *name = json_object_get(one, "name");
     const json_t *bytes = json_object_get(one, "bytes");
@@ -376,7 +423,10 @@ static int vars_load_one(struct vars *vars, const json_t *one) {
         return -ERR_INVALID;
     if (value.len && memchr(value.data, 0, value.len))
         return -ERR_INVALID;
-    return vars_set(vars, json_string_value(name), value.data ? value.data : "", value.len);
+    int r = vars_set(vars, json_string_value(name), value.data ? value.data : "", value.len);
+    if (r == 0)
+        vars_load_look(vars, vars_find(vars, json_string_value(name)), one);
+    return r;
 }
 
 int vars_load(struct vars *vars, const json_t *saved, bool owned) {

@@ -9,6 +9,7 @@
 #include <uv/tree.h>
 
 #include "util/buf.h"
+#include "vm/look.h"
 #include "vm/vm.h"
 
 /* The variables of one VM.
@@ -29,15 +30,12 @@ struct var {
     char *name;
     char *bytes; /* as written; never NULL when set */
     size_t length;
-    bool set;           /* the variable exists; else it is only being created */
-    unsigned creating;  /* handles that have created it and not yet written */
-    unsigned truncated; /* handles whose truncation is pending: it reads as empty */
-    uint64_t number;    /* for its inode number */
-    mode_t mode;        /* permission bits */
-    uid_t uid;
-    gid_t gid;
-    struct timespec changed;
-    struct timespec read; /* atime, as set by utimes */
+    bool set;            /* the variable exists; else it is only being created */
+    unsigned creating;   /* handles that have created it and not yet written */
+    unsigned truncated;  /* handles whose truncation is pending: it reads as empty */
+    uint64_t generation; /* vars_generation() when it was last set or unset */
+    uint64_t number;     /* for its inode number */
+    struct look look;
 };
 
 RB_HEAD(var_index, var);
@@ -54,6 +52,11 @@ struct var_index *vars_index(struct vars *vars);
 const struct timespec *vars_changed(const struct vars *vars);
 /* When any value was last changed. */
 const struct timespec *vars_written(const struct vars *vars);
+/* utimes of env/ and of environ have set them. */
+void vars_set_changed(struct vars *vars, const struct timespec *when);
+void vars_set_written(struct vars *vars, const struct timespec *when);
+/* Grows with each change of any variable. */
+uint64_t vars_generation(const struct vars *vars);
 
 /* The variable, if it is set or being created. */
 struct var *vars_find(struct vars *vars, const char *name);
@@ -94,7 +97,13 @@ int vars_each(struct vars *vars,
 /* Length of the value: without one trailing newline. */
 size_t var_value_length(const char *bytes, size_t length);
 
-/* Says that the guest's shells keep this name for themselves. */
+/* Is there room for a value of `length` bytes, whose last is a newline or not? */
+bool var_fits(const char *name, size_t length, bool newline);
+
+/* Say why a value is refused: a NUL byte, its length; or a name, which the guest's shells keep for
+ * themselves. */
+int vars_refuse_nul(struct vm *vm, const char *name);
+int vars_refuse_length(struct vm *vm, const char *name);
 int vars_refuse_reserved(struct vm *vm, const char *name);
 
 /* For a VM that is not anywhere yet: sets a variable, or all that `from` has. -ERR_INVALID,
@@ -102,12 +111,18 @@ int vars_refuse_reserved(struct vm *vm, const char *name);
 int vars_preset(struct vars *vars, const char *name, const char *bytes, size_t length);
 int vars_copy(struct vars *vars, struct vars *from);
 
+/* Is something under way that changes this variable (NULL: any)? Then `wait` is told when all of it
+ * that was asked for until now has its verdict; the status means nothing. */
+bool vars_await(struct vars *vars, const char *name, struct vm_wait *wait);
+
 /* The bytes of a variable as they will be when everything is done that has been asked for. False:
  * it will not be set. */
 bool vars_newest(struct vars *vars, const char *name, struct buf *out);
+/* Their number; -1: it will not be set. */
+ssize_t vars_newest_length(const struct vars *vars, const char *name);
 
-/* It has been renamed: who was creating or truncating it does so under the new name, and nobody
- * else. */
+/* It has been renamed, with the value that it had or was to have: who was creating it does so under
+ * the new name, and nobody else. */
 void vars_move(struct vars *vars, const char *name, const char *new_name);
 
 /* Its name has been removed: who was still creating or truncating it does so no more. */

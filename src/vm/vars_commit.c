@@ -13,7 +13,7 @@
 
 struct vars_commit {
     struct list link; /* in vars->queued or batch->commits */
-    struct list wait; /* holds the one vm_wait, or none */
+    struct list wait; /* of vm_wait: who has asked for it, and vars_await() */
     bool replace;     /* what is not among the changes is unset */
     size_t count;
     struct vars_commit_change {
@@ -121,6 +121,26 @@ static void effect_free(struct vars_effect *effect) {
     buf_free(&effect->bytes);
 }
 
+static bool commit_changes(const struct vars_commit *commit, const char *name) {
+    for (size_t i = 0; name && !commit->replace && i < commit->count; i++)
+        if (strcmp(commit->changes[i].name, name) == 0)
+            return true;
+    return !name || commit->replace;
+}
+
+bool vars_await(struct vars *vars, const char *name, struct vm_wait *wait) {
+    struct list *heads[] = {&vars->queued, vars->flight ? &vars->flight->commits : NULL};
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++)
+        for (struct list *l = heads[i] ? heads[i]->prev : NULL; l && l != heads[i]; l = l->prev) {
+            struct vars_commit *commit = LIST_OWNER(l, struct vars_commit, link);
+            if (!commit_changes(commit, name))
+                continue;
+            list_append(&commit->wait, &wait->link);
+            return true;
+        }
+    return false;
+}
+
 bool vars_newest(struct vars *vars, const char *name, struct buf *out) {
     const struct var *var = vars_find(vars, name);
     struct vars_effect effect = {.name = name, .set = var && var->set};
@@ -149,9 +169,7 @@ static void size_visit(void *arg, const struct vars_commit_change *change) {
         size->length = (ssize_t)change->length;
 }
 
-/* The length that `name` will have when everything that is pending is done; -1: it will not be set.
- */
-static ssize_t vars_pending_length(const struct vars *vars, const char *name) {
+ssize_t vars_newest_length(const struct vars *vars, const char *name) {
     const struct var *var = vars_find((struct vars *)(uintptr_t)vars, name);
     struct vars_size size = {var && var->set ? (ssize_t)var->length : -1};
     vars_each_pending(vars, name, size_visit, &size);
@@ -164,7 +182,7 @@ static ssize_t vars_pending_length(const struct vars *vars, const char *name) {
 
 static ssize_t vars_expected_length(const struct vars *vars, const char *name, size_t count) {
     if (count <= VARS_MANY)
-        return vars_pending_length(vars, name);
+        return vars_newest_length(vars, name);
     const struct var *var = vars_find((struct vars *)(uintptr_t)vars, name);
     return var && var->set ? (ssize_t)var->length : -1;
 }
@@ -373,10 +391,10 @@ void vars_batch_end(struct vars *vars, int status) {
     bool to_guest = batch->to_guest;
     batch_free(batch);
     commits_end(&commits, status);
-    if (to_guest && status == 0) { /* the guest has it: the record has time */
+    if (to_guest && status == 0)
         vars_seal_soon(vars);
+    if (status == 0) /* the guest has it, or the disk; their times and numbers can wait */
         vm_save_soon(vars->vm);
-    }
     vars_attach_step(vars); /* first, or writers would hold up the boot for ever */
     vars_start_batch(vars);
 }
@@ -464,6 +482,17 @@ void vars_saved(struct vars *vars, int status) {
         vars_batch_end(vars, status);
 }
 
+int vars_refuse_nul(struct vm *vm, const char *name) {
+    return vm_fail(vm, -ERR_INVALID,
+                   "env/%s: the value has a NUL byte, which no environment variable can hold",
+                   name);
+}
+
+int vars_refuse_length(struct vm *vm, const char *name) {
+    return vm_fail(vm, -ERR_TOO_LARGE, "env/%s: a value takes %d bytes at most, with its name",
+                   name, VAR_LIMIT);
+}
+
 int vars_refuse_reserved(struct vm *vm, const char *name) {
     return vm_fail(
         vm, -ERR_INVALID,
@@ -481,15 +510,11 @@ static int vars_check_change(struct vm *vm, const struct var_change *c, struct v
     if (c->bytes && vm->guest->name_is_reserved(c->name) && size->length < 0)
         return vars_refuse_reserved(vm, c->name);
     if (c->bytes && memchr(c->bytes, 0, c->length))
-        return vm_fail(vm, -ERR_INVALID,
-                       "env/%s: the value has a NUL byte, which no environment variable can hold",
-                       c->name);
+        return vars_refuse_nul(vm, c->name);
     size_visit(size, &change);
-    /* One more byte may be the newline that is not part of the value. */
     bool newline = c->bytes && c->length && c->bytes[c->length - 1] == '\n';
-    if (sized(c->name, size->length) > VAR_LIMIT + (size_t)newline)
-        return vm_fail(vm, -ERR_TOO_LARGE, "env/%s: a value takes %d bytes at most, with its name",
-                       c->name, VAR_LIMIT);
+    if (size->length >= 0 && !var_fits(c->name, (size_t)size->length, newline))
+        return vars_refuse_length(vm, c->name);
     return 0;
 }
 

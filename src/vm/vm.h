@@ -9,6 +9,7 @@
 #include "util/buf.h"
 #include "util/list.h"
 #include "vm/daemon.h"
+#include "vm/look.h"
 
 /* A virtual machine: its life (this file), its variables (vm/vars.h), its commands (vm/command.h).
  *
@@ -55,6 +56,16 @@ enum vm_role {
     VM_DEFAULTS, /* .defaults */
 };
 
+/* Modes of env/ and environ, until somebody changes them. */
+#define VM_ENV_MODE 0700
+#define VM_ENVIRON_MODE 0600
+
+/* How `environ` is printed (tree/environ.h). */
+enum environ_style {
+    ENVIRON_SET_A,
+    ENVIRON_EXPORT,
+};
+
 struct vm {
     struct daemon *daemon;
     enum vm_role role;
@@ -96,10 +107,11 @@ struct vm {
     struct guest_facts facts; /* known once the guest has been reached */
     struct vmm *vmm;          /* NULL when nothing runs */
     struct vars *vars;
-    bool environ_plain;       /* `environ` is printed without the lines that make a shell export */
-    uint64_t environ_removed; /* uv_now() when `environ` was last unlinked; 0: it is there */
-    struct scratches *env_scratch;    /* temporary files beside the variables */
-    struct scratches *vm_scratch;     /* and beside `environ` */
+    enum environ_style environ_style;
+    struct look env_look, environ_look; /* of env/ and environ; their times are those of `vars` */
+    uint64_t environ_removed;      /* uv_now() when `environ` was last unlinked; 0: it is there */
+    struct scratches *env_scratch; /* temporary files beside the variables */
+    struct scratches *vm_scratch;  /* and beside `environ` */
     struct scratches *config_scratch; /* and beside the settings */
     struct control *control;          /* resident shell */
     struct commands *commands;        /* runs commands in the guest */
@@ -203,6 +215,9 @@ void vm_set_state(struct vm *vm, enum vm_state state);
 void vm_settle_saved(struct vm_wait *wait, int status);
 /* What was asked for will not be: who waits for another state than this one is told so. */
 void vm_unsettle(struct vm *vm, int status);
+/* Has the guest given a sign of life in the last `ms`? It is asked for the next one. */
+bool vm_is_alive(struct vm *vm, unsigned ms);
+
 /* Is it to be refused, because the VM is protected? `whole`: what is to be removed goes with the VM
  * only. Who has tried that is `rm -r` or its like, and from then on may remove nothing of the VM.
  */
