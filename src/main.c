@@ -132,6 +132,7 @@ static void program_signal(uv_signal_t *signal, int number) {
 static void program_watch_signals(struct program *p) {
     static const int numbers[] = {SIGTERM, SIGINT, SIGHUP};
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* a disk larger than the limit is an error, EFBIG */
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         uv_signal_init(&p->loop, &p->signals[i]);
         p->signals[i].data = p;

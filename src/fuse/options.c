@@ -407,7 +407,11 @@ bool options_check(const struct options *options, char **ret_backend) {
         fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
         return false;
     }
-    bool ok = image_check_memory(&image, config->image, config->memory, &why) == 0;
+    const char *option = NULL;
+    if (image_check_memory(&image, config->image, config->memory, &why) < 0)
+        option = "-o memory";
+    else if (image_check_disk(&image, config->image, config->disk, &why) < 0)
+        option = "-o disk";
     image_close(&image);
-    return ok || option_say_why("-o memory", why);
+    return !option || option_say_why(option, why);
 }

@@ -11,6 +11,7 @@
 #include "util/cpio.h"
 #include "util/errors.h"
 #include "util/fs.h"
+#include "vm/disk.h"
 #include "vm/host_key.h"
 #include "vm/machine.h"
 #include "vm/vars.h"
@@ -83,9 +84,13 @@ static int boot_archive_env(struct vm_boot *boot, struct buf *out) {
     return r < 0 ? r : cpio_add(out, path, S_IFREG | 0644, boot->env.data, boot->env.len);
 }
 
+/* For a guest with a disk, which may have others of an earlier boot: the files of this boot, one
+ * path a line. */
+#define BOOT_INJECTED ".vmsfs-injected"
+
 /* The archive with what is particular to this VM (design, section 3: at boot). */
 static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct buf *out) {
-    cleanup_buf struct buf hostname = {0};
+    cleanup_buf struct buf hostname = {0}, injected = {0};
     buf_printf(&hostname, "%s\n", boot->id);
     const struct {
         const char *path;
@@ -102,10 +107,19 @@ static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct
         {"root/.ssh/authorized_keys", S_IFREG | 0600, boot->key_public, strlen(boot->key_public)},
     };
     int r = 0;
-    for (size_t i = 0; i < sizeof members / sizeof *members && r == 0; i++)
+    for (size_t i = 0; i < sizeof members / sizeof *members && r == 0; i++) {
         r = cpio_add(out, members[i].path, members[i].mode, members[i].data, members[i].length);
-    if (r == 0 && boot->env.len)
+        if (S_ISREG(members[i].mode))
+            buf_printf(&injected, "%s\n", members[i].path);
+    }
+    if (r == 0 && boot->env.len) {
         r = boot_archive_env(boot, out);
+        buf_printf(&injected, "%s\n", boot->config.env_file + 1);
+    }
+    if (r == 0 && boot->config.disk)
+        r = injected.failed
+                ? -ENOMEM
+                : cpio_add(out, BOOT_INJECTED, S_IFREG | 0600, injected.data, injected.len);
     cpio_end(out);
     return r < 0 || out->failed ? boot_fail(boot, "no memory for", boot->id, -ENOMEM) : 0;
 }
@@ -136,21 +150,33 @@ static int boot_copy(int from, int to) {
 
 /* The kernel takes several archives, one behind the other, as one initramfs; each starts at a
  * multiple of 4. */
-static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
-    cleanup_free char *path = NULL;
-    if (asprintf(&path, "%s/initrd", boot->dir) < 0)
-        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
-    cleanup_close int from = open(boot->result.image.initrd, O_RDONLY | O_CLOEXEC);
+static int boot_append(struct vm_boot *boot, int to, const char *path, const char *archive) {
+    cleanup_close int from = open(archive, O_RDONLY | O_CLOEXEC);
     if (from < 0)
-        return boot_fail(boot, "cannot read", boot->result.image.initrd, -errno);
-    unlink(path);
-    cleanup_close int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (to < 0)
-        return boot_fail(boot, "cannot write", path, -errno);
+        return boot_fail(boot, "cannot read", archive, -errno);
     int r = boot_copy(from, to);
     off_t end = r == 0 ? lseek(to, 0, SEEK_END) : -1;
     if (r == 0 && (end < 0 || ftruncate(to, (end + 3) / 4 * 4) < 0 || lseek(to, 0, SEEK_END) < 0))
         r = -errno;
+    return r < 0 ? boot_fail(boot, "cannot write", path, r) : 0;
+}
+
+static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
+    const struct image *image = &boot->result.image;
+    cleanup_free char *path = NULL;
+    if (asprintf(&path, "%s/initrd", boot->dir) < 0)
+        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
+    unlink(path);
+    cleanup_close int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (to < 0)
+        return boot_fail(boot, "cannot write", path, -errno);
+    if (boot_append(boot, to, path, image->initrd) < 0 ||
+        (boot->config.disk && image->disk_initrd &&
+         boot_append(boot, to, path, image->disk_initrd) < 0)) {
+        unlink(path);
+        return boot->result.status;
+    }
+    int r = 0;
     for (size_t done = 0; r == 0 && done < archive->len;) {
         ssize_t n = write(to, archive->data + done, archive->len - done);
         if (n < 0)
@@ -167,7 +193,7 @@ static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
     return 0;
 }
 
-/* What it runs in, and what is booted or attached. */
+/* What it runs in, and what is booted, with its disk, or attached. */
 static int boot_find(struct vm_boot *boot) {
     struct vm_boot_result *result = &boot->result;
     const struct vm_config *config = &boot->config;
@@ -179,6 +205,10 @@ static int boot_find(struct vm_boot *boot) {
         r = image_open(boot->settings, config->image, &result->image, &why);
     if (r == 0 && !result->backend->existing)
         r = image_check_memory(&result->image, config->image, config->memory, &why);
+    if (r == 0 && !result->backend->existing)
+        r = image_check_disk(&result->image, config->image, config->disk, &why);
+    if (r == 0 && !result->backend->existing && config->disk)
+        r = disk_prepare(boot->dir, config->disk, &result->disk, &why);
     if (why) {
         free(result->why);
         result->why = why;
@@ -206,6 +236,7 @@ static void boot_free(struct vm_boot *boot) {
     buf_free(&boot->env);
     free(boot->result.why);
     free(boot->result.initrd);
+    free(boot->result.disk);
     buf_free(&boot->result.host_key);
     image_close(&boot->result.image);
     free(boot);

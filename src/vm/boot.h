@@ -3,8 +3,8 @@
 #include "vm/image.h"
 #include "vm/vm.h"
 
-/* What has to be done before the VMM of a VM can be started: read the image, make the host key,
- * write the initrd with what is particular to this VM. Done in the thread pool. */
+/* What has to be done before the VMM of a VM can be started: read the image, make the host key and
+ * the disk, write the initrd with what is particular to this VM. Done in the thread pool. */
 
 struct vm_boot;
 
@@ -14,6 +14,7 @@ struct vm_boot_result {
     const struct vmm_ops *backend;
     struct image image;
     char *initrd;        /* of this VM */
+    char *disk;          /* its file; NULL: none */
     struct buf host_key; /* public key blob */
 };
 

@@ -30,6 +30,10 @@ const struct config_setting config_settings[CONFIG_SETTINGS] = {
      .otherwise = "nothing", .help = "arguments of the kernel, behind the image's"},
     {CONFIG_FIELD(boot_timeout), .kind = CONFIG_SECONDS, .least = 1, .most = 86400,
      .standard = "60", .help = "longest time from mkdir to running"},
+    {CONFIG_FIELD(cpu_model), .kind = CONFIG_CPU_MODEL, .most = 255, .standard = "",
+     .otherwise = "the backend's choice", .help = "CPU that the guest sees, such as max"},
+    {CONFIG_FIELD(disk), .kind = CONFIG_SIZE, .least = 16, .most = 8 << 20, .standard = "0",
+     .help = "persistent disk in MiB, 0: none", .flags = CONFIG_OR_ZERO},
     {CONFIG_FIELD(env_file), .kind = CONFIG_PATH, .standard = GUEST_ENV_FILE,
      .help = "the variables' file in the guest", .flags = CONFIG_PLACE},
     {CONFIG_FIELD(host_key), .kind = CONFIG_HOST_PATH, .standard = "",
@@ -117,16 +121,16 @@ static void seconds_explain(const struct config_setting *s, struct buf *out) {
 static bool size_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
     const uint64_t unit = 1 << 20;
     uint64_t bytes;
-    if (number_parse_size(text, unit, &bytes) < 0 || bytes % unit || bytes / unit < s->least ||
-        bytes / unit > s->most)
+    if (number_parse_size(text, unit, &bytes) < 0 || bytes % unit || bytes / unit > s->most ||
+        (bytes / unit < s->least && (bytes || !(s->flags & CONFIG_OR_ZERO))))
         return false;
     *ret_number = (unsigned)(bytes / unit);
     return true;
 }
 
 static void size_explain(const struct config_setting *s, struct buf *out) {
-    buf_printf(out, "a number of MiB from %u to %u, or one with M or G behind it", s->least,
-               s->most);
+    buf_printf(out, "%sa number of MiB from %u to %u, or one with M or G behind it",
+               s->flags & CONFIG_OR_ZERO ? "0, for none, or " : "", s->least, s->most);
 }
 
 static bool choice_is_valid(const struct config_setting *s, const char *text,
@@ -194,6 +198,18 @@ static void user_explain(const struct config_setting *s, struct buf *out) {
     buf_append_str(out, "a user's name of letters, digits, _ . and -");
 }
 
+/* What QEMU takes for a CPU; that it knows it is for QEMU to say. */
+static bool cpu_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
+    (void)ret_number;
+    return strlen(text) <= s->most && !strchr("+,=-", text[0]) && text_holds_only(text, "_.+,=-");
+}
+
+static void cpu_explain(const struct config_setting *s, struct buf *out) {
+    (void)s;
+    buf_append_str(out, "a CPU model of QEMU of letters, digits, _ . and -, with features such as "
+                        "+avx2 or vendor=AuthenticAMD behind commas");
+}
+
 static const struct {
     const char *placeholder;
     bool counts; /* the field is an unsigned */
@@ -209,6 +225,7 @@ static const struct {
     [CONFIG_HOST_PATH] = {"PATH", false, host_path_is_valid, host_path_explain},
     [CONFIG_HOST_NAME] = {"HOST", false, host_is_valid, host_explain},
     [CONFIG_USER_NAME] = {"NAME", false, user_is_valid, user_explain},
+    [CONFIG_CPU_MODEL] = {"MODEL", false, cpu_is_valid, cpu_explain},
 };
 
 const char *config_placeholder(const struct config_setting *setting) {
@@ -296,7 +313,7 @@ void config_print(const struct vm_config *config, const struct config_setting *s
                   struct buf *out) {
     if (!config_kinds[setting->kind].counts)
         buf_append_str(out, *config_text(config, setting));
-    else if (*config_number(config, setting) >= setting->least)
+    else if (*config_number(config, setting) >= setting->least || (setting->flags & CONFIG_OR_ZERO))
         buf_printf(out, "%u", *config_number(config, setting));
 }
 

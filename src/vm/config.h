@@ -19,6 +19,8 @@ struct vm_config {
     char *image;           /* name or absolute path */
     unsigned vcpus;        /* 0: what the image says */
     unsigned memory;       /* MiB; 0: what the image says */
+    unsigned disk;         /* MiB; 0: none */
+    char *cpu_model;       /* as QEMU names it, with features; empty: the backend's choice */
     char *boot_args;       /* behind the image's; empty: none */
     unsigned boot_timeout; /* s, from mkdir until running */
     unsigned stop_timeout; /* s, for the guest's own power-down */
@@ -44,6 +46,7 @@ enum config_kind {
     CONFIG_PATH,      /* absolute, of a file in the guest */
     CONFIG_HOST_PATH, /* absolute, of a file on the host */
     CONFIG_USER_NAME, /* of a user in the guest */
+    CONFIG_CPU_MODEL, /* with features behind commas */
     CONFIG_HOST_NAME, /* or an address */
 };
 
@@ -51,6 +54,7 @@ enum {
     CONFIG_LIVE = 1 << 0,    /* may be changed while the VM runs */
     CONFIG_PLACE = 1 << 1,   /* says where the variables are: another place has others */
     CONFIG_MACHINE = 1 << 2, /* says which machine it is: another has another host key */
+    CONFIG_OR_ZERO = 1 << 3, /* takes 0 beside its range: none */
 };
 
 struct config_setting {
@@ -65,7 +69,7 @@ struct config_setting {
     unsigned flags;             /* of CONFIG_LIVE, … */
 };
 
-#define CONFIG_SETTINGS 17
+#define CONFIG_SETTINGS 19
 extern const struct config_setting config_settings[CONFIG_SETTINGS]; /* sorted by name */
 
 /* NULL: there is no such setting. */

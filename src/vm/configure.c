@@ -3,6 +3,7 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "vm/disk.h"
 #include "vm/machine.h"
 #include "vm/vm.h"
 
@@ -96,8 +97,8 @@ int vm_configure(struct vm *vm, const char *name, const char *text, size_t lengt
     r = config_set(&config, name, text, length, &why);
     if (r == 0)
         r = 1;
-    else if (r > 0)
-        r = vm_check_change(vm, config_find(name));
+    else if (r > 0 && (r = vm_check_change(vm, config_find(name))) == 0)
+        r = config.disk == vm->config.disk ? 0 : disk_check(vm, config.disk);
     else if (why)
         r = vm_fail(vm, -ERR_INVALID, r == -ERR_NOT_FOUND ? "config: %s" : "config/%s", why);
     if (r == 0)

@@ -87,6 +87,22 @@ void console_watch_start(struct vm *vm, const char *line) {
     buf_free(&path);
 }
 
+void console_last_words(const struct vm *vm, struct buf *out) {
+    static const char mark[] = "\nvmsfs: ";
+    cleanup_buf struct buf path = {0};
+    char text[CONSOLE_WATCH_KEPT + 1] = "\n";
+    buf_printf(&path, "%s/serial.log", vm->dir);
+    cleanup_close int fd = path.failed ? -1 : open(path.data, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    off_t size = fd < 0 ? 0 : lseek(fd, 0, SEEK_END);
+    off_t from = size > CONSOLE_WATCH_KEPT - 1 ? size - (CONSOLE_WATCH_KEPT - 1) : 0;
+    ssize_t n = fd < 0 ? 0 : pread(fd, text + 1, CONSOLE_WATCH_KEPT - 1, from);
+    const char *last = NULL;
+    for (const char *c = text; n > 0 && (c = strstr(c, mark)); c++)
+        last = c + sizeof mark - 1;
+    for (; last && (unsigned char)*last >= 0x20 && *last != 0x7f; last++)
+        buf_append_char(out, *last);
+}
+
 void console_bound(struct vm *vm) {
     cleanup_buf struct buf path = {0};
     struct stat st;

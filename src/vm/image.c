@@ -30,6 +30,7 @@ void image_close(struct image *image) {
     free(image->path);
     free(image->kernel);
     free(image->initrd);
+    free(image->disk_initrd);
     free(image->boot_args);
     free(image->user);
     free(image->ready);
@@ -92,6 +93,17 @@ static bool image_user_is_valid(const char *user) {
     return length > 0 && length <= 32 && user[0] != '-' && strspn(user, letters) == length;
 }
 
+/* Both fields may be missing. */
+static int image_disk(struct image *image, const json_t *json) {
+    const json_t *value = json_object_get(json, "disk");
+    if (value && (!json_is_string(value) || strcmp(json_string_value(value), "overlay") != 0))
+        return -ERR_INVALID;
+    image->disk = value;
+    return value && json_object_get(json, "disk_initrd")
+               ? image_file(image, json, "disk_initrd", &image->disk_initrd)
+               : 0;
+}
+
 static int image_parse(struct image *image, const json_t *json, const char **ret_field) {
     const char *inject = json_string_value(json_object_get(json, "inject"));
     const char *os = json_string_value(json_object_get(json, "os"));
@@ -103,6 +115,9 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
         return -ERR_INVALID;
     *ret_field = "user";
     if (image_text(json, "user", "root", &image->user) < 0 || !image_user_is_valid(image->user))
+        return -ERR_INVALID;
+    *ret_field = "disk (must be \"overlay\") or disk_initrd";
+    if (image_disk(image, json) < 0)
         return -ERR_INVALID;
     if (image_file(image, json, *ret_field = "kernel", &image->kernel) < 0 ||
         image_file(image, json, *ret_field = "initrd", &image->initrd) < 0 ||
@@ -179,4 +194,13 @@ int image_check_memory(const struct image *image, const char *name, unsigned mem
         return 0;
     return image_fail(ret_why, "%u MiB are too little memory for the image \"%s\", which needs %u",
                       memory, name, image->memory_min);
+}
+
+int image_check_disk(const struct image *image, const char *name, unsigned disk, char **ret_why) {
+    if (!disk || image->disk)
+        return 0;
+    return image_fail(ret_why,
+                      "the image \"%s\" cannot use a disk: its image.json has no \"disk\". "
+                      "contrib/guest/tiny builds one that can; 0 in config/disk is no disk",
+                      name);
 }

@@ -6,14 +6,20 @@
  * named by its folder's name, looked for in image_search_path(), or by an absolute path.
  *
  *     {"os": "linux", "kernel": "vmlinuz", "initrd": "initrd.img", "boot_args": "…", "inject":
- * "cpio", "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80, "ready": "…"}
+ * "cpio", "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80, "ready": "…", "disk":
+ * "overlay", "disk_initrd": "disk.img"}
  *
  * "inject": "cpio": the guest is an initramfs, and what is particular to a VM is a second cpio
- * archive. */
+ * archive.
+ *
+ * "disk": "overlay": if there is a disk, the guest keeps on it what is written under `/`. The
+ * initramfs has "disk_initrd" behind it then. */
 
 struct image {
     char *path;            /* of the folder, absolute */
     char *kernel, *initrd; /* absolute */
+    bool disk;             /* it makes use of one */
+    char *disk_initrd;     /* absolute; NULL: none */
     char *boot_args;
     char *user;
     char *ready; /* what the console says when the SSH server listens; empty: not known */
@@ -30,6 +36,10 @@ void image_close(struct image *image);
  * image_open() otherwise. */
 int image_check_memory(const struct image *image, const char *name, unsigned memory,
                        char **ret_why);
+
+/* Can the image called `name` have a disk of this size (MiB; 0: none)? As image_open() otherwise.
+ */
+int image_check_disk(const struct image *image, const char *name, unsigned disk, char **ret_why);
 
 /* The folders that images are looked for in, one a line, in their order. */
 void image_search_path(const struct settings *settings, struct buf *out);

@@ -14,6 +14,7 @@
 #include "vm/command.h"
 #include "vm/console.h"
 #include "vm/control.h"
+#include "vm/disk.h"
 #include "vm/machine.h"
 #include "vm/orphans.h"
 #include "vm/pause.h"
@@ -317,8 +318,12 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
                         "%s has powered itself off; `echo running > status` starts it", vm->id);
             vm_set_state(vm, VM_STOPPED);
         } else {
+            cleanup_buf struct buf words = {0};
+            if (powered_off)
+                console_last_words(vm, &words);
             if (was == VM_BOOTING)
-                vm_fail(vm, -ERR_GONE, "%s did not boot: %s; see its console", vm->id, why);
+                vm_fail(vm, -ERR_GONE, "%s did not boot: %s%s%s; see its console", vm->id, why,
+                        words.len ? ", and said: " : "", words.len ? words.data : "");
             else
                 vm_fail(vm, -ERR_GONE, "%s has ended: %s; `echo running > status` starts it again",
                         vm->id, why);
@@ -405,6 +410,8 @@ static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
         .boot_args = boot_args.data,
         .vcpus = vm->config.vcpus ? vm->config.vcpus : image->vcpus,
         .memory = vm->config.memory ? vm->config.memory : image->memory,
+        .disk = result->disk,
+        .cpu_model = vm->config.cpu_model,
         .address = vm->config.address,
         .port = vm->config.port,
     };
@@ -529,6 +536,7 @@ json_t *vm_info(const struct vm *vm) {
     json_object_set_new(info, "backend_note",
                         json_string(vm->backend_note ? vm->backend_note : ""));
     json_object_set_new(info, "image", json_string(vm->config.image));
+    json_object_set_new(info, "disk", disk_describe(vm));
     json_object_set_new(info, "user", vm->user ? json_string(vm->user) : json_null());
     const char *source = machine_host_key_source(vm);
     json_object_set_new(info, "host_key", source ? json_string(source) : json_null());

@@ -158,7 +158,8 @@ int qemu_command_build(struct qemu_command *c, const struct vmm_config *config, 
 
     command_add_option(c, "-machine", QEMU_MACHINE);
     command_add_option(c, "-accel", kvm ? "kvm" : QEMU_ACCEL_TCG);
-    command_add_option(c, "-cpu", kvm ? "host" : QEMU_CPU_TCG);
+    const char *cpu = config->cpu_model && config->cpu_model[0] ? config->cpu_model : NULL;
+    command_add_option(c, "-cpu", cpu ? cpu : kvm ? "host" : QEMU_CPU_TCG);
     command_add(c, "-m");
     command_add(c, "%uM", config->memory);
     command_add(c, "-smp");
@@ -175,6 +176,17 @@ int qemu_command_build(struct qemu_command *c, const struct vmm_config *config, 
     command_add_option(c, "-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22");
     command_add_option(c, "-device", "virtio-net-pci,netdev=net0,romfile=");
     command_add_option(c, "-device", "virtio-rng-pci");
+
+    /* Where the host has no room, the guest is told so, as by a disk that fails: QEMU's own choice
+     * is to pause it. */
+    if (config->disk) {
+        command_add(c, "-blockdev");
+        command_add_path(c,
+                         "driver=raw,node-name=disk0,discard=unmap,file.driver=file,"
+                         "file.discard=unmap,file.filename=",
+                         config->disk, "");
+        command_add_option(c, "-device", "virtio-blk-pci,drive=disk0,werror=report,rerror=report");
+    }
 
     /* append=on: whoever truncates a log that has grown too long gets no hole of NULs before it. */
     command_add(c, "-chardev");

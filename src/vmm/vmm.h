@@ -25,7 +25,9 @@ struct vmm_config {
     const char *initrd;    /* NULL: none */
     const char *boot_args; /* kernel command line */
     unsigned vcpus;
-    unsigned memory; /* MiB */
+    unsigned memory;       /* MiB */
+    const char *disk;      /* a file with the bytes of the guest's disk (raw); NULL: none */
+    const char *cpu_model; /* in the backend's words; empty or NULL: its choice */
     /* Of a machine that exists already; nothing of the boot is set then. */
     const char *address; /* a name, or a numeric address */
     unsigned port;

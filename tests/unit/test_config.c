@@ -83,6 +83,35 @@ static void sizes_have_units(void) {
     CHECK(set("memory", "") == 1);
 }
 
+static void a_disk_may_be_none(void) {
+    CHECK(config.disk == 0 && reads("disk", "0") && set("disk", "0\n") == 0);
+    CHECK(set("disk", "16") == 1 && config.disk == 16);
+    CHECK(set("disk", "0G") == 1 && config.disk == 0 && reads("disk", "0"));
+    CHECK(set("disk", "8T") == 1 && config.disk == 8 << 20 && reads("disk", "8388608"));
+    static const char *const bad[] = {"15", "1M", "8193G", "-1", "00x", "0K1", "all"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        REFUSES("disk", bad[i], "0, for none, or a number of MiB", "16", "8388608",
+                "its default is 0");
+    REFUSES("memory", "0", "takes a number of MiB");
+    CHECK(set("disk", "") == 1 && config.disk == 0);
+}
+
+static void a_cpu_model_is_one_word_of_qemu(void) {
+    static const char *const good[] = {"max", "qemu64,+rdrand,-avx", "Haswell-v1", "x,vendor=a_b.c",
+                                       "486"};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
+        CHECK_SAID(set("cpu_model", good[i]) == 1 && reads("cpu_model", good[i]), "%s", good[i]);
+    static const char *const bad[] = {"-smp", "+rdrand", ",x", "=",    "max -smp 9",
+                                      "max;", "a/b",     "?",  "größe"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        REFUSES("cpu_model", bad[i], "a CPU model", "the backend's choice");
+    char text[256];
+    memset(text, 'x', sizeof text);
+    CHECK(config_set(&config, "cpu_model", text, 255, &(char *){NULL}) == 1);
+    refuses("cpu_model", text, 256, (const char *const[]){"a CPU model", NULL});
+    CHECK(set("cpu_model", "") == 1);
+}
+
 static void blanks_around_a_value_are_dropped(void) {
     CHECK(set("vcpus", "  2 \t\n") == 1 && config.vcpus == 2);
     CHECK(set("vcpus", "2\r\n") == 0);
@@ -214,6 +243,8 @@ int main(void) {
     defaults_are_valid();
     numbers_have_a_range();
     sizes_have_units();
+    a_disk_may_be_none();
+    a_cpu_model_is_one_word_of_qemu();
     blanks_around_a_value_are_dropped();
     words_are_chosen_from_a_list();
     paths_are_absolute();
