@@ -84,6 +84,7 @@ void job_unref(struct job *job);
 
 /* "new", "running", "exited" */
 const char *job_state_name(const struct job *job);
+/* And its record says so: what is told of its end holds for a later daemon, too. */
 bool job_has_ended(const struct job *job);
 
 /* Starts what its text says. -ERR_…: it has not started, and may be started again. */
