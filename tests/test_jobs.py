@@ -758,6 +758,22 @@ def test_jobs_that_have_ended_outlive_the_daemon_and_those_that_run_are_lost(dae
     assert Job(vm, "small").start("echo anew").exit() == "0"
 
 
+def test_an_end_that_was_told_is_known_to_the_next_daemon_whenever_the_first_was_killed(attached):
+    vm = attached()
+    for i in range(5):
+        told, gone = Job(vm, f"told{i}"), Job(vm, f"gone{i}")
+        for job in (told, gone):
+            job.start("head -c 100000 /dev/zero | tr '\\000' x; exit 3")
+        assert gone.exit() == "3"
+        os.rmdir(gone.path)
+        assert told.exit() == "3"
+        vm.daemon.kill()
+        vm.daemon.start()
+        vm.wait("running")
+        assert (told.exit(), len(told.out())) == ("3", 100000)
+        assert not os.path.exists(gone.path)
+
+
 def test_an_unmount_ends_what_runs(daemon):
     one = daemon()
     vm = one.boot("ending")

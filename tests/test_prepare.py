@@ -1,5 +1,6 @@
 """What VMs are made from: .defaults/, .new/NAME/, and the environment of who asks."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -239,6 +240,24 @@ def test_presets_forward_exactly_their_variables(machines, name):
         assert done.returncode != 0 and "OPENCLAW_GATEWAY" in read(f"{m}/.new/agent/error")
     sh(f"mv '{m}/.new/agent' '{m}/agent'", OTHER_KEY="no", **{key: f"value of {key}" for key in everything})
     assert variables(boot(machines, "agent")) == {key: f"value of {key}" for key in EXPECTED[name].split()}
+
+
+def test_a_move_that_a_killed_daemon_did_not_finish_is_finished(machines):
+    for name in ("draft", "other"):
+        os.mkdir(machines.vm(f".new/{name}"))
+        write(machines.vm(f".new/{name}/env/P"), "kept\n")
+    machines.kill()
+    state = machines.state
+    shutil.copytree(f"{state}/new/draft", f"{state}/vms/moved")
+    record = json.loads(read(f"{state}/vms/moved/vm.json"))
+    record |= {"id": "moved", "number": record["number"] + 10, "made_from": record["number"]}
+    write(f"{state}/vms/moved/vm.json", json.dumps(record))
+    os.mkdir(f"{state}/trash/999999")  # one that was not made yet
+    machines.start()
+    assert os.listdir(machines.vm(".new")) == ["other"]
+    assert read(machines.vm("moved/env/P")) == "kept\n"
+    assert machines.vms() == ["moved"]
+    wait_for(lambda: os.listdir(f"{state}/trash") == [], "the trash is empty")
 
 
 def test_who_is_killed_while_he_asks_makes_nothing_or_all(machines):

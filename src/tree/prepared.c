@@ -43,7 +43,7 @@ static int new_list(struct node *dir, struct node_list *list) {
 
 static void new_mkdir(struct node *dir, const char *name, mode_t mode, struct request *rq) {
     struct vm *vm;
-    struct node *node;
+    struct node *node = NULL;
     (void)mode;
     int r = prepare_make(dir->daemon, name, &vm);
     if (r == 0)

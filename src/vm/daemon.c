@@ -141,6 +141,8 @@ static void daemon_load_one(struct daemon *d, const char *path) {
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     registry_add(d, vm);
+    if (vm->made_from)
+        prepare_finish(vm);
     if (vm->ephemeral) {
         log_info("%s: its mount, which was ephemeral, has ended", vm->id);
         vm_destroy(vm, NULL);

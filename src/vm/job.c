@@ -197,7 +197,7 @@ const char *job_state_name(const struct job *job) {
 }
 
 bool job_has_ended(const struct job *job) {
-    return job->command && job->command->end != COMMAND_RUNNING;
+    return job->command && job->command->end != COMMAND_RUNNING && !job->recording;
 }
 
 /* Beyond the limit, the one that ended first goes. */

@@ -85,6 +85,7 @@ void job_unref(struct job *job);
 
 /* "new", "running", "exited" */
 const char *job_state_name(const struct job *job);
+/* And its record says so: what is told of its end holds for a later daemon, too. */
 bool job_has_ended(const struct job *job);
 
 /* Can it be started with its variables as they are? */

@@ -165,7 +165,11 @@ void job_record_remove(struct job *job) {
     if (!job->recorded || job->recording || job->vm->gone)
         return; /* in job_record_written(), or with the VM's folder */
     struct job_writing *w = job_writing_new(job);
+    cleanup_buf struct buf path = {0};
     job->recorded = false;
+    buf_printf(&path, "%s/job.json", w ? w->dir : "");
+    if (w && !path.failed)
+        unlink(path.data); /* at once, so that it does not come back */
     if (w && uv_queue_work(job->vm->daemon->loop, &w->work, job_record_remove_files,
                            job_record_removed) == 0)
         job_ref(job);
@@ -183,6 +187,7 @@ static void job_record_written(uv_work_t *work, int status) {
                   strerror(-w->status));
     if (job->removed)
         job_record_remove(job);
+    vm_wait_wake(&job->waits, 0);
     job_unref(job);
     job_writing_free(w);
 }
@@ -254,7 +259,12 @@ static void job_restore(struct jobs *jobs, struct vm *vm, const char *dir, uint6
     cleanup_free char *path = NULL;
     cleanup_buf struct buf text = {0};
     struct job *job;
-    if (asprintf(&path, "%s/job.json", dir) < 0 || fs_read(path, JOB_RECORD_LIMIT, &text) < 0)
+    if (asprintf(&path, "%s/job.json", dir) < 0)
+        return;
+    int r = fs_read(path, JOB_RECORD_LIMIT, &text);
+    if (r == -ENOENT) /* it was being removed */
+        fs_remove_all(dir);
+    if (r < 0)
         return;
     fs_remove_leftovers(path);
     json_t *record = json_loadb(text.data ? text.data : "", text.len, 0, NULL);

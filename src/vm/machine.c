@@ -153,34 +153,6 @@ int machine_prepare(const struct vm_config *config, const char *key_path, struct
                  : 0;
 }
 
-/* Stops it when the record says so: a later daemon would attach it again. */
-struct machine_leaving {
-    struct vm_wait saved;
-    struct vm *vm; /* a reference */
-};
-
-static void machine_leave_saved(struct vm_wait *wait, int status) {
-    struct machine_leaving *leaving = LIST_OWNER(wait, struct machine_leaving, saved);
-    struct vm *vm = leaving->vm;
-    (void)status;
-    if (!vm->gone && vm->vmm && vm->state == VM_STOPPING)
-        vm->vmm->ops->stop(vm->vmm, 0, 0);
-    vm_unref(vm);
-    free(leaving);
-}
-
-void machine_leave(struct vm *vm) {
-    struct machine_leaving *leaving = calloc(1, sizeof *leaving);
-    if (!leaving) {
-        vm->vmm->ops->stop(vm->vmm, 0, 0);
-        return;
-    }
-    leaving->saved.done = machine_leave_saved;
-    list_init(&leaving->saved.link);
-    leaving->vm = vm_ref(vm);
-    vm_save_for(vm, &leaving->saved);
-}
-
 void machine_save(const struct vm *vm, json_t *record) {
     cleanup_buf struct buf key = {0};
     json_object_set_new(record, "met", json_boolean(vm->met));

@@ -29,9 +29,6 @@ const char *machine_trouble(const struct vm *vm);
 /* A setting that says which machine it is or where its variables are has changed. */
 void machine_changed(struct vm *vm, const struct config_setting *setting);
 
-/* The VM is stopping: lets go of the machine. */
-void machine_leave(struct vm *vm);
-
 /* An existing machine without an address: leaves words. */
 bool machine_is_nowhere(struct vm *vm);
 

@@ -40,24 +40,16 @@ int prepare_make(struct daemon *d, const char *name, struct vm **ret_vm) {
         return -ERR_EXISTS;
     if (!dir)
         return -ERR_NO_MEMORY;
-    if (mkdir(dir, 0700) < 0) {
-        log_error("cannot make %s: %s", dir, strerror(errno));
-        return errno == EEXIST ? -ERR_BUSY : -errno; /* it is still being removed */
-    }
-    struct vm *vm = vm_new(d, name, ++d->last_number, dir);
-    int r = vm ? 0 : -ERR_NO_MEMORY;
-    if (r == 0) {
-        config_free(&vm->config);
-        r = config_copy(&vm->config, &d->defaults->config);
-    }
-    if (!vm) {
-        rmdir(dir);
+    int r;
+    struct vm *vm = vm_make(d, name, &r);
+    if (!vm)
         return r;
-    }
+    config_free(&vm->config);
+    r = config_copy(&vm->config, &d->defaults->config);
     vm->role = VM_PREPARED;
     RB_INSERT(vm_index, &d->prepared, vm);
     if (r == 0)
-        r = record_begin(vm);
+        r = vm_settle_in(vm, dir);
     if (r < 0) {
         prepare_remove(vm);
         return r;
@@ -246,6 +238,7 @@ static int creation_forward(struct creation *c, const struct buf *forward, struc
 static int creation_fill(struct vm *vm, void *arg) {
     struct creation *c = arg;
     const struct vm *from = c->prepared ? c->prepared : c->d->defaults;
+    vm->made_from = c->prepared ? c->prepared->number : 0;
     config_free(&vm->config);
     int r = config_copy(&vm->config, &from->config);
     if (r == 0)
@@ -275,6 +268,7 @@ static int creation_finish(struct creation *c) {
     }
     if (c->prepared)
         prepare_remove(c->prepared);
+    vm->made_from = 0;
     return 0;
 }
 
@@ -373,6 +367,17 @@ int prepare_load(struct daemon *d) {
     }
     closedir(dir);
     return 0;
+}
+
+void prepare_finish(struct vm *vm) {
+    struct vm *prepared;
+    RB_FOREACH(prepared, vm_index, &vm->daemon->prepared) {
+        if (prepared->number == vm->made_from) {
+            prepare_remove(prepared);
+            break;
+        }
+    }
+    vm->made_from = 0;
 }
 
 static void prepare_let_go(struct vm *vm) {

@@ -45,6 +45,9 @@ struct asker {
 void prepare_create(struct daemon *d, const char *id, struct vm *prepared,
                     const struct asker *asker, struct vm_wait *wait);
 
+/* The last daemon made this VM, and was killed before it had removed what it was made from. */
+void prepare_finish(struct vm *vm);
+
 /* What is recorded, at the start. */
 int prepare_load(struct daemon *d);
 /* Lets go of it, at the end. */

@@ -1,7 +1,9 @@
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
@@ -25,6 +27,7 @@
 struct record_writing {
     uv_work_t work;
     struct vm *vm; /* a reference */
+    int folder; /* the VM's, which may be renamed or removed meanwhile, and another made there */
     char *path;
     char *text;
     bool for_vars;     /* its verdict is that of a batch of variables */
@@ -88,6 +91,8 @@ static json_t *record_make(struct vm *vm) {
         json_object_set_new(record, "ephemeral", json_true());
     if (record && vm->running_since.tv_sec)
         json_object_set_new(record, "running_since", json_integer(vm->running_since.tv_sec));
+    if (record && vm->made_from)
+        json_object_set_new(record, "made_from", json_integer((json_int_t)vm->made_from));
     if (record && vm->forward.len)
         json_object_set_new(record, "forward", json_stringn(vm->forward.data, vm->forward.len));
     if (record && vm->role == VM_DEFAULTS)
@@ -105,6 +110,8 @@ static void record_free(struct record_writing *w) {
         explicit_bzero(w->text, strlen(w->text));
     free(w->text);
     free(w->path);
+    if (w->folder >= 0)
+        close(w->folder);
     free(w);
 }
 
@@ -121,9 +128,9 @@ static void record_written(uv_work_t *work, int status) {
     vm->saving = false;
     if (w->status < 0 && !vm->gone) {
         if (w->for_vars)
-            vm_fail(vm, -ERR_IO, "cannot write %s: %s", w->path, strerror(-w->status));
+            vm_fail(vm, -ERR_IO, "cannot write %s/vm.json: %s", vm->dir, strerror(-w->status));
         else
-            log_error("cannot write %s: %s", w->path, strerror(-w->status));
+            log_error("cannot write %s/vm.json: %s", vm->dir, strerror(-w->status));
         uv_timer_start(vm->save_timer, record_due, RECORD_RETRY_MS, 0);
     }
     vm_wait_wake(&w->waits, vm->gone ? -ERR_GONE : verdict);
@@ -160,7 +167,9 @@ static void record_start(struct vm *vm) {
     struct record_writing *w = calloc(1, sizeof *w);
     json_t *record = record_make(vm);
     vm->save_again = false;
-    bool ok = w && record && asprintf(&w->path, "%s/vm.json", vm->dir) >= 0;
+    if (w)
+        w->folder = open(vm->dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    bool ok = w && record && asprintf(&w->path, "/proc/self/fd/%d/vm.json", w->folder) >= 0;
     if (ok) {
         w->text = json_dumps(record, JSON_INDENT(2));
         w->work.data = w;
@@ -282,6 +291,12 @@ static void record_adopt(struct vm *vm, const json_t *record) {
     vm->boot_started = uv_now(vm->daemon->loop);
     orphans_load(vm->orphans);
     const char *state = record_text(record, "state");
+    if (state && strcmp(state, vm_state_name(VM_STOPPING)) == 0) {
+        /* What was written since is in this record alone: the guest's file is no truth any more. */
+        vm->state = VM_STOPPING;
+        ops->stop(vm->vmm, vm->config.stop_timeout * 1000, VM_QUIT_MS);
+        return;
+    }
     bool paused = state && strcmp(state, vm_state_name(VM_PAUSED)) == 0 && ops->pause;
     vm->state = paused ? VM_PAUSED : vm->attached ? VM_UNREACHABLE : VM_BOOTING;
     if (vm->state == VM_BOOTING) {
@@ -323,8 +338,11 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     vm->state = state == VM_FAILED ? VM_FAILED : VM_STOPPED;
     vm->boot_again = state == VM_BOOTING && !json_object_get(record, "vmm");
     record_configure(vm, json_object_get(record, "config"));
+    if (vm->boot_again && !vmm_is_for_existing(vm->config.backend))
+        vmm_end_strays(vm->dir);
     record_take_prepared(vm, record);
     machine_load(vm, record);
+    vm->made_from = (uint64_t)json_integer_value(json_object_get(record, "made_from"));
     vm->ephemeral = json_is_true(json_object_get(record, "ephemeral"));
     vm_use(vm);
     int r = vars_load(vm->vars, json_object_get(record, "variables"),

@@ -58,6 +58,8 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     list_init(&vm->watches);
     list_init(&vm->pause_saved.link);
     vm->pause_saved.done = vm_settle_saved;
+    list_init(&vm->stop_saved.link);
+    vm->stop_saved.done = vm_stop_saved;
     list_init(&vm->end_waits);
     list_init(&vm->save_waits);
     list_init(&vm->ending);
@@ -114,6 +116,39 @@ static bool vm_id_is_ending(const struct daemon *d, const char *id) {
     return false;
 }
 
+struct vm *vm_make(struct daemon *d, const char *id, int *ret_status) {
+    cleanup_free char *dir = NULL;
+    uint64_t number = ++d->last_number;
+    *ret_status = -ERR_NO_MEMORY;
+    if (asprintf(&dir, "%s/trash/%llu", d->settings.state_dir, (unsigned long long)number) < 0)
+        return NULL;
+    if (mkdir(dir, 0700) < 0) {
+        *ret_status = -errno;
+        log_error("cannot make %s: %s", dir, strerror(errno));
+        return NULL;
+    }
+    struct vm *vm = vm_new(d, id, number, dir);
+    if (!vm)
+        rmdir(dir);
+    return vm;
+}
+
+int vm_settle_in(struct vm *vm, const char *dir) {
+    char *copy = strdup(dir);
+    int r = copy ? record_begin(vm) : -ERR_NO_MEMORY;
+    if (r == 0 && rename(vm->dir, dir) < 0) {
+        r = -errno;
+        log_error("cannot make %s: %s", dir, strerror(errno));
+    }
+    if (r < 0) {
+        free(copy);
+        return r;
+    }
+    free(vm->dir);
+    vm->dir = copy;
+    return 0;
+}
+
 int vm_create(struct daemon *d, const char *id, int (*fill)(struct vm *vm, void *arg), void *arg,
               struct vm **ret_vm) {
     cleanup_free char *dir = NULL;
@@ -125,20 +160,15 @@ int vm_create(struct daemon *d, const char *id, int (*fill)(struct vm *vm, void 
         return -ERR_BUSY;
     if (asprintf(&dir, "%s/vms/%s", d->settings.state_dir, id) < 0)
         return -ERR_NO_MEMORY;
-    if (mkdir(dir, 0700) < 0) {
-        log_error("cannot make %s: %s", dir, strerror(errno));
-        return -errno;
-    }
-    struct vm *vm = vm_new(d, id, ++d->last_number, dir);
-    if (!vm) {
-        rmdir(dir);
-        return -ERR_NO_MEMORY;
-    }
+    int r;
+    struct vm *vm = vm_make(d, id, &r);
+    if (!vm)
+        return r;
     registry_add(d, vm);
     vm->state = VM_BOOTING;
-    int r = fill(vm, arg);
+    r = fill(vm, arg);
     if (r == 0)
-        r = record_begin(vm);
+        r = vm_settle_in(vm, dir);
     if (r == 0)
         r = vm_boot(vm);
     if (r < 0) {

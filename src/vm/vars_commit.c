@@ -418,6 +418,12 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
         vars->learned = uv_now(vars->vm->daemon->loop);
         vars->absent = false;
     }
+    if (status == 0 && vars->vm->state == VM_STOPPING) {
+        /* The guest has it, and is about to go: it is done when the record has it, too. */
+        batch->to_guest = false;
+        vm_save(vars->vm);
+        return;
+    }
     vars_batch_end(vars,
                    status > 0 ? vars_explain(vars, "writing", status, output, length) : status);
 }

@@ -24,9 +24,6 @@
 
 /* The life of a VM: booting, running, stopping, and what goes wrong. */
 
-/* The last steps of a stop, behind the guest's own power-down: the VMM's quitting, SIGKILL. */
-#define VM_QUIT_MS 2000
-
 /* From connect() to the server's first line: short, because a connection that came before the
  * guest's network was up is answered late. */
 #define VM_BANNER_MS 1500
@@ -494,11 +491,20 @@ int vm_stop(struct vm *vm) {
     if (machine_is_existing(vm) && vm->attached)
         vars_leave(vm->vars);
     vm_set_state(vm, VM_STOPPING);
-    if (machine_is_existing(vm))
-        machine_leave(vm);
-    else
-        vm->vmm->ops->stop(vm->vmm, vm->config.stop_timeout * 1000, VM_QUIT_MS);
+    vm_wait_cancel(&vm->stop_saved);
+    vm_save_for(vm, &vm->stop_saved);
     return 0;
+}
+
+/* The record says so, and has what the guest was given last: a later daemon would attach a machine
+ * again, and find a guest gone with its memory. */
+void vm_stop_saved(struct vm_wait *wait, int status) {
+    struct vm *vm = LIST_OWNER(wait, struct vm, stop_saved);
+    (void)status; /* a full disk keeps nothing running */
+    if (vm->gone || vm->state != VM_STOPPING || !vm->vmm)
+        return;
+    vm->vmm->ops->stop(vm->vmm, machine_is_existing(vm) ? 0 : vm->config.stop_timeout * 1000,
+                       VM_QUIT_MS);
 }
 
 int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait) {

@@ -87,6 +87,7 @@ struct vm {
     char *dir;               /* its folder in the state directory */
     pid_t copier;            /* who fills what is prepared (vm/prepare.h); 0: nobody */
     uint64_t shown;          /* bits of what he has made */
+    uint64_t made_from;      /* number of what was prepared and is not removed yet; 0: nothing */
     struct buf forward;      /* of what is prepared: which variables of the caller a VM gets */
     struct vm_config config; /* vm_configure() changes it */
     struct vm_config_file {
@@ -126,6 +127,7 @@ struct vm {
     bool pause_wanted;      /* as soon as it runs */
     uint64_t pause_deadline;
     struct vm_wait pause_saved;
+    struct vm_wait stop_saved;
     struct timespec running_since; /* 0: it does not run */
     uint64_t used;                 /* uv_now() when a variable or a command was last asked for */
     pid_t remover;                 /* see vm_guards() */
@@ -207,8 +209,16 @@ void vm_save_for(struct vm *vm, struct vm_wait *wait);
 
 /* A VM that is nowhere yet, with one reference. `dir` is its folder. */
 struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char *dir);
+/* The same, in a folder of the trash, where it is cleared away should the daemon be killed; and
+ * records it in `dir`: there is none of it, or the whole. */
+struct vm *vm_make(struct daemon *d, const char *id, int *ret_status);
+int vm_settle_in(struct vm *vm, const char *dir);
 int vm_boot(struct vm *vm);
 int vm_stop(struct vm *vm);
+/* The last steps of a stop, behind the guest's own power-down: the VMM's quitting, SIGKILL. */
+#define VM_QUIT_MS 2000
+/* Done of vm->stop_saved. */
+void vm_stop_saved(struct vm_wait *wait, int status);
 /* Starts the deadline of a boot. */
 void vm_watch_boot(struct vm *vm);
 void vm_set_state(struct vm *vm, enum vm_state state);

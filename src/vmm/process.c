@@ -1,5 +1,6 @@
 #include "vmm/process.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -101,6 +102,28 @@ static void process_on_poll(uv_poll_t *poll, int status, int events) {
     uv_poll_stop(poll);
     process_describe_end(p->pidfd, how, sizeof how);
     p->exited(p->arg, how);
+}
+
+void process_kill_strays(const char *text) {
+    DIR *proc = opendir("/proc");
+    struct stat st;
+    if (!proc)
+        return;
+    for (struct dirent *entry; (entry = readdir(proc));) {
+        char path[sizeof entry->d_name + 32], line[16384];
+        pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
+        if (pid <= 1 || pid == getpid() || fstatat(dirfd(proc), entry->d_name, &st, 0) < 0 ||
+            st.st_uid != geteuid())
+            continue;
+        snprintf(path, sizeof path, "/proc/%s/cmdline", entry->d_name);
+        cleanup_close int pidfd = pidfd_open(pid, 0);
+        ssize_t length = file_read_start(path, line, sizeof line);
+        if (pidfd < 0 || length <= 0 || !memmem(line, (size_t)length, text, strlen(text)))
+            continue;
+        log_warn("process %d was left behind by a daemon that was killed: it is ended", (int)pid);
+        pidfd_send_signal(pidfd, SIGKILL, NULL, 0);
+    }
+    closedir(proc);
 }
 
 static void process_on_closed(uv_handle_t *handle) {

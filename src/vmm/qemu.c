@@ -469,6 +469,12 @@ static int qemu_adopt(uv_loop_t *loop, const struct vmm_config *config, const js
     return 0;
 }
 
+static void qemu_end_strays(const char *dir) {
+    cleanup_free char *serial = path_join(dir, "serial.log,append=on");
+    if (serial)
+        process_kill_strays(serial);
+}
+
 static json_t *qemu_save(const struct vmm *vmm) {
     const struct qemu *q = qemu_of(vmm);
     if (q->stage == STAGE_EXITED)
@@ -544,6 +550,7 @@ const struct vmm_ops qemu_ops = {
     .check = qemu_check,
     .create = qemu_create,
     .adopt = qemu_adopt,
+    .end_strays = qemu_end_strays,
     .save = qemu_save,
     .stop = qemu_stop,
     .pause = qemu_pause,

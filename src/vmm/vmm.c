@@ -87,6 +87,12 @@ int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why) {
     return *ret_why ? -ERR_INVALID : -ENOMEM;
 }
 
+void vmm_end_strays(const char *dir) {
+    for (size_t i = 0; i < VMM_COUNT; i++)
+        if (vmm_backends[i].ops->end_strays)
+            vmm_backends[i].ops->end_strays(dir);
+}
+
 bool vmm_is_for_existing(const char *name) {
     for (size_t i = 0; i < VMM_COUNT; i++)
         if (strcmp(name, vmm_backends[i].ops->name) == 0)

@@ -73,6 +73,10 @@ struct vmm_ops {
     int (*adopt)(uv_loop_t *loop, const struct vmm_config *config, const json_t *saved,
                  const struct vmm_events *events, void *arg, struct vmm **ret_vmm);
 
+    /* Ends what create() has started for the VM of this folder when the daemon was killed before it
+     * could record it. May be NULL. */
+    void (*end_strays)(const char *dir);
+
     /* What a later daemon needs for adopt(); the caller owns it. NULL while there is nothing to
      * adopt. */
     json_t *(*save)(const struct vmm *vmm);
@@ -114,6 +118,9 @@ struct vmm {
  * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). From any thread; may start
  * programs and wait for them. */
 int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
+
+/* end_strays() of all backends. */
+void vmm_end_strays(const char *dir);
 
 /* Is this backend for machines that exist already? At once, without looking whether it works. */
 bool vmm_is_for_existing(const char *name);
