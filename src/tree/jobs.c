@@ -211,8 +211,11 @@ static int jobdir_lookup(struct node *dir, const char *name, struct node **ret_n
     struct scratch *scratch = job->removed ? NULL : scratch_find(job->files, name);
     if (job->removed || (!row && !scratch))
         return -ERR_NOT_FOUND;
-    struct node *node =
-        row ? node_child(dir, name, row->ops, row, dir->vm) : scratch_node(dir, scratch);
+    /* A WRITE that is held locks its inode: each writer has one to himself. */
+    bool own = row && (row->ops == &job_stdin_ops || row->ops == &job_signal_ops);
+    struct node *node = own   ? node_child_private(dir, name, row->ops, row, dir->vm)
+                        : row ? node_child(dir, name, row->ops, row, dir->vm)
+                              : scratch_node(dir, scratch);
     if (!node)
         return -ERR_NO_MEMORY;
     *ret_node = node;
