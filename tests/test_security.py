@@ -159,7 +159,7 @@ def test_with_allow_other_the_modes_of_the_files_count(daemon, open_path):
         assert "ermission denied" in done.stderr or "not permitted" in done.stderr, done.stderr
     assert vm.status() == "running"
     assert vm.value("PRIVATE") == b"private"
-    assert os.listdir(one.mount) == ["modes"]
+    assert one.vms() == ["modes"]
 
 
 def test_a_state_directory_of_somebody_else_is_refused(daemon):

@@ -55,7 +55,8 @@ static void fuse_channel_readable(uv_poll_t *poll, int status, int events) {
 /* What libfuse has said about the options; its log function is given nothing of ours. */
 static struct buf channel_said;
 
-static void channel_listen(enum fuse_log_level level, const char *format, va_list args) {
+static __attribute__((format(printf, 2, 0))) void channel_listen(enum fuse_log_level level,
+                                                                 const char *format, va_list args) {
     (void)level;
     buf_vprintf(&channel_said, format, args);
 }

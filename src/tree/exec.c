@@ -114,18 +114,14 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
                                "exec: the command written before on this open file still runs"));
         return;
     }
-    /* cat(1) and cp(1) write so much at a time: it is the beginning of something longer. */
-    bool is_piece = length == COMMAND_LIMIT && data[length - 1] != '\n';
-    if (is_piece || h->piece) {
-        request_answer(rq,
-                       vm_fail(handle->node->vm, is_piece ? -ERR_COMMAND_TOO_LARGE : -ERR_INVALID,
-                               is_piece ? "exec: a command takes %d bytes at most"
-                                        : "exec: one write is one command (of %d bytes at "
-                                          "most), and the one before did not end with a "
-                                          "line: this is more of it",
-                               COMMAND_LIMIT));
+    if (h->piece) {
+        request_answer(rq, vm_fail(handle->node->vm, -ERR_INVALID,
+                                   "exec: one write is one command (of %d bytes at most), and the "
+                                   "one before did not end with a line: this is more of it",
+                                   COMMAND_LIMIT));
         return;
     }
+    /* As cat(1) and the like write what is longer than their buffer. */
     h->piece =
         (handle->flags & O_ACCMODE) == O_WRONLY && length >= EXEC_PIECE && data[length - 1] != '\n';
     size_t text = length;

@@ -106,14 +106,14 @@ static int forward_one(const struct line *line, const char *list, size_t list_le
     return 0;
 }
 
-int forward_apply(const char *text, size_t length, const char *environ, size_t environ_length,
+int forward_apply(const char *text, size_t length, const char *list, size_t list_length,
                   forward_set *set, void *arg, char **ret_why) {
     struct line line;
     bool found;
     while (length) {
         if (forward_next(&text, &length, &line) <= 0)
             continue;
-        int r = forward_one(&line, environ, environ_length, set, arg, &found);
+        int r = forward_one(&line, list, list_length, set, arg, &found);
         if (r < 0)
             return r;
         if (line.required && !found) {

@@ -21,10 +21,10 @@ int forward_check(const char *text, size_t length, char **ret_why);
 /* Does it name anything? */
 bool forward_is_empty(const char *text, size_t length);
 
-/* Looks the names up in `environ`, a list of NAME=VALUE each ended by a NUL (proc(5),
+/* Looks the names up in `list`, a list of NAME=VALUE each ended by a NUL (proc(5),
  * /proc/PID/environ), and calls `set` for each that is there; the first of a name counts. A
  * negative return ends it and is returned. -ERR_INVALID: something required is missing, *ret_why
  * names it. */
 typedef int forward_set(void *arg, const char *name, const char *value, size_t length);
-int forward_apply(const char *text, size_t length, const char *environ, size_t environ_length,
+int forward_apply(const char *text, size_t length, const char *list, size_t list_length,
                   forward_set *set, void *arg, char **ret_why);

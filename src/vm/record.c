@@ -27,7 +27,7 @@
 struct record_writing {
     uv_work_t work;
     struct vm *vm; /* a reference */
-    int folder; /* the VM's, which may be renamed or removed meanwhile, and another made there */
+    int folder;    /* the VM's, which may be renamed or removed meanwhile, and another made there */
     char *path;
     char *text;
     bool for_vars;     /* its verdict is that of a batch of variables */
@@ -39,27 +39,26 @@ struct record_writing {
 static void record_save_looks(const struct vm *vm, json_t *record) {
     const struct look usual = {.uid = vm->daemon->uid, .gid = vm->daemon->gid};
     struct look look = vm->env_look;
-    json_t *env = json_object(), *environ = json_object();
+    json_t *env = json_object(), *file = json_object();
     look.changed = *vars_changed(vm->vars);
     look_save(&look, &usual, env);
     look = vm->environ_look;
     look.changed = *vars_written(vm->vars);
-    look_save(&look, &usual, environ);
+    look_save(&look, &usual, file);
     if (vm->environ_style == ENVIRON_EXPORT)
-        json_object_set_new(environ, "style", json_string("export"));
+        json_object_set_new(file, "style", json_string("export"));
     json_object_set_new(record, "env", env);
-    json_object_set_new(record, "environ", environ);
+    json_object_set_new(record, "environ", file);
 }
 
 static void record_load_looks(struct vm *vm, const json_t *record) {
-    const json_t *env = json_object_get(record, "env"),
-                 *environ = json_object_get(record, "environ");
-    const char *style = json_string_value(json_object_get(environ, "style"));
+    const json_t *env = json_object_get(record, "env"), *file = json_object_get(record, "environ");
+    const char *style = json_string_value(json_object_get(file, "style"));
     vm->environ_style = style && strcmp(style, "export") == 0 ? ENVIRON_EXPORT : ENVIRON_SET_A;
     vm->env_look.changed = *vars_changed(vm->vars);
     vm->environ_look.changed = *vars_written(vm->vars);
     look_load(&vm->env_look, env);
-    look_load(&vm->environ_look, environ);
+    look_load(&vm->environ_look, file);
     vars_set_changed(vm->vars, &vm->env_look.changed);
     vars_set_written(vm->vars, &vm->environ_look.changed);
 }

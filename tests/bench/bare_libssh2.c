@@ -107,9 +107,8 @@ static void run_in(const char *bytes) {
     static char block[65536];
     LIBSSH2_CHANNEL *channel = run("cat >/dev/null");
     for (long long left = atoll(bytes); left > 0;) {
-        ssize_t n = libssh2_channel_write(channel, block,
-                                          left < (long long)sizeof block ? (size_t)left
-                                                                         : sizeof block);
+        ssize_t n = libssh2_channel_write(
+            channel, block, left < (long long)sizeof block ? (size_t)left : sizeof block);
         if (n < 0)
             fail("write");
         left -= n;
