@@ -274,13 +274,23 @@ class Makers(Worker):
             made = {".new/draft/": "", ".new/draft/config/env_file": self.chaos.sshd.env_file + "\n"}
             if not self.attempt(made, lambda: os.mkdir(self.path(".new/draft"))):
                 return
-            own = os.path.join(self.chaos.sshd.path, "moved.sh") + "\n"
+        if self.known.sure(".new/draft/") == "" and not self.has_own_file():
+            own = self.own_file()
             self.attempt({".new/draft/config/env_file": own}, lambda: write(self.path(".new/draft/config/env_file"), own))
         if self.known.sure(".new/draft/") == "":
             value = self.value() + "\n"
             self.attempt({".new/draft/env/P": value}, lambda: write(self.path(".new/draft/env/P"), value))
 
+    def own_file(self):
+        return os.path.join(self.chaos.sshd.path, "moved.sh") + "\n"
+
+    def has_own_file(self):
+        """Else `moved` would have its variables where `made` has them."""
+        return self.known.sure(".new/draft/config/env_file") == self.own_file()
+
     def move(self):
+        if not self.has_own_file():
+            return
         own = {key: self.known.sure(key) for key in self.known.may if key.startswith(".new/draft/")}
         if own.get(".new/draft/") != "" or None in own.values() or self.known.values("moved/") != {ABSENT}:
             return
