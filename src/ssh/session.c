@@ -11,6 +11,16 @@
 
 static void session_pump(struct ssh_session *session, bool readable);
 
+/* A sign of life is a round trip: a thousand sessions together ask for no more than 50 a second. */
+#define SESSION_SHARE_MS 20
+static unsigned session_count;
+
+/* How long a server may be silent before it is asked, ms. */
+static uint64_t session_patience(const struct ssh_session *session) {
+    uint64_t least = session->target.timeout / 3, fair = (uint64_t)session_count * SESSION_SHARE_MS;
+    return fair > least ? fair : least;
+}
+
 /* Where the server is, for a sentence. */
 static void session_print_address(const struct ssh_session *session, char *text, size_t size) {
     const struct sockaddr *address = (const struct sockaddr *)&session->target.address;
@@ -62,6 +72,7 @@ static void session_disconnect(struct ssh_session *session) {
 }
 
 static void session_destroy(struct ssh_session *session) {
+    session_count--;
     session_disconnect(session);
     struct list *l;
     list_splice(&session->channels, &session->queued);
@@ -180,7 +191,7 @@ static void session_authenticate(struct ssh_session *session) {
     t->allowance = 0;
     session->state = SESSION_UP;
     session->again = true;
-    uv_timer_start(&session->uv.timer, session->uv.timer.timer_cb, session->target.timeout / 3, 0);
+    uv_timer_start(&session->uv.timer, session->uv.timer.timer_cb, session_patience(session), 0);
     session->events.up(session->arg);
 }
 
@@ -400,13 +411,13 @@ static void session_watch(struct ssh_session *session) {
         session_receive(session); /* the answer may be here: we may have been the one who slept */
     if (t->answered)
         session->asked = 0;
-    if (!session->asked && t->heard + timeout / 3 <= now) {
+    if (!session->asked && t->heard + session_patience(session) <= now) {
         session->asked = now;
         t->answered = false;
         session->probe_wanted = true;
-        due = now + timeout / 3;
+        due = now + session_patience(session);
     } else if (!session->asked) {
-        due = t->heard + timeout / 3;
+        due = t->heard + session_patience(session);
     } else if (session->asked + timeout <= now) {
         session_fail(session, -ERR_TIMED_OUT, "the server has not answered for %llu ms",
                      (unsigned long long)(now - session->asked));
@@ -440,7 +451,7 @@ void ssh_session_hold(struct ssh_session *session, bool hold) {
     if (hold)
         uv_timer_stop(&session->uv.timer);
     else
-        uv_timer_start(&session->uv.timer, session_on_timer, session->target.timeout / 3, 0);
+        uv_timer_start(&session->uv.timer, session_on_timer, session_patience(session), 0);
 }
 
 void session_schedule(struct ssh_session *session) {
@@ -528,6 +539,7 @@ int ssh_session_open(uv_loop_t *loop, const struct ssh_target *target,
     uv_idle_init(loop, &session->uv.idle);
     session->uv.poll.data = session->uv.timer.data = session->uv.idle.data = session;
     session->uv.open = 3;
+    session_count++;
     session_prefer_host_key(session);
     session->transport.allowance = SIZE_MAX;
     uv_timer_start(&session->uv.timer, session_on_timer, target->banner_timeout, 0);

@@ -4,6 +4,7 @@
 #include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "ssh/internal.h"
@@ -133,6 +134,21 @@ static void transport_set_callbacks(struct transport *t) {
 #endif
 }
 
+/* A LIBSSH2_SESSION is 52 KiB of packet buffers that libssh2 fills with zeros, and small packets use
+ * but their beginnings. The pages that are zeros go back to the kernel, which gives zeros for them
+ * when they are touched. */
+static void transport_shrink(LIBSSH2_SESSION *ssh) {
+    static const char zeros[4096];
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uintptr_t at = ((uintptr_t)ssh + page - 1) / page * page;
+    uintptr_t end = (uintptr_t)ssh + malloc_usable_size(ssh);
+    if (page != sizeof zeros)
+        return;
+    for (; at + page <= end; at += page)
+        if (memcmp((const void *)at, zeros, page) == 0)
+            madvise((void *)at, page, MADV_DONTNEED);
+}
+
 int transport_init(struct transport *t, uv_loop_t *loop) {
     static bool initialised;
     if (!initialised && libssh2_init(0) != 0)
@@ -144,6 +160,7 @@ int transport_init(struct transport *t, uv_loop_t *loop) {
                                      transport_realloc_memory, t);
     if (!t->ssh)
         return -ENOMEM;
+    transport_shrink(t->ssh);
     libssh2_session_set_blocking(t->ssh, 0);
     transport_set_callbacks(t);
     return 0;

@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 #include "vm/console.h"
 #include "vm/control.h"
 #include "vm/prepare.h"
+#include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
 
@@ -165,16 +167,22 @@ static void daemon_clear_one(struct daemon *d, const char *path) {
 }
 
 #define HOUSEKEEPING_MS 1000
-#define HOUSEKEEPING_CONSOLE 5 /* of these turns */
+#define HOUSEKEEPING_RARE 5 /* of these turns */
 
 static void daemon_keep_house(uv_timer_t *timer) {
     struct daemon *d = timer->data;
     struct vm *vm;
-    bool console = ++d->house_turns % HOUSEKEEPING_CONSOLE == 0;
+    bool rare = ++d->house_turns % HOUSEKEEPING_RARE == 0;
+    d->looked_at = 0;
+    if (rare && d->trim) { /* what sessions leave free is between what is in use */
+        d->trim = false;
+        malloc_trim(0);
+    }
     RB_FOREACH(vm, vm_index, &d->vms) {
-        if (vm->vmm && console)
+        if (vm->vmm && rare)
             console_bound(vm);
         vm_check_life(vm);
+        d->looked_at += vars_are_looked_at(vm->vars);
     }
 }
 

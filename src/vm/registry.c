@@ -232,6 +232,7 @@ static void vm_removed(uv_work_t *work, int status) {
     struct vm *vm = removal->vm;
     (void)status;
     log_info("%s: gone", vm->id);
+    vm->daemon->trim = true;
     list_remove(&vm->ending);
     vm_shut(vm);
     vm_wait_wake(&vm->end_waits, 0);

@@ -69,6 +69,8 @@ void vars_uncreate(struct vars *vars, const char *name);
 /* Somebody looks at the variables: for a while what changes in the guest is learned without being
  * asked for. */
 void vars_touch(struct vars *vars);
+/* Has somebody done so lately? */
+bool vars_are_looked_at(const struct vars *vars);
 
 /* One change of a commit. */
 struct var_change {

@@ -11,6 +11,7 @@
 
 #define VARS_SEAL_MS 20
 #define VARS_POLL_MS 700     /* so that a change shows within a second */
+#define VARS_POLLED 32       /* VMs; when more are looked at, their turns come later */
 #define VARS_LOOKED_MS 60000 /* how long after a look it goes on */
 
 int vars_explain(struct vars *vars, const char *doing, int status, const char *output,
@@ -185,7 +186,12 @@ static void vars_poll(uv_timer_t *timer) {
         (vars->unsealed || !vars_are_fresh(vars, VARS_POLL_MS / 2)) && vars_read(vars) < 0)
         log_debug("%s: the variables could not be read", vm->id);
     if (uv_now(vm->daemon->loop) - vars->used <= VARS_LOOKED_MS)
-        uv_timer_start(timer, vars_poll, VARS_POLL_MS, 0);
+        uv_timer_start(timer, vars_poll,
+                       (uint64_t)VARS_POLL_MS * (1 + vm->daemon->looked_at / VARS_POLLED), 0);
+}
+
+bool vars_are_looked_at(const struct vars *vars) {
+    return vars->used && uv_now(vars->vm->daemon->loop) - vars->used <= VARS_LOOKED_MS;
 }
 
 void vars_seal_soon(struct vars *vars) {
