@@ -27,9 +27,9 @@ struct orphans {
         long pid; /* 0: a free place */
         bool lost;
         time_t since; /* when it was lost */
-    } list[ORPHANS_MOST];
-    int count; /* places in use, with gaps */
-    int fd;    /* -1: not opened yet */
+    } * list;
+    int count, cap; /* places in use, with gaps; and there are */
+    int fd;         /* -1: not opened yet */
     char boot[40];
 };
 
@@ -47,7 +47,22 @@ void orphans_free(struct orphans *orphans) {
         return;
     if (orphans->fd >= 0)
         close(orphans->fd);
+    free(orphans->list);
     free(orphans);
+}
+
+/* Room for one more place. */
+static bool orphans_grow(struct orphans *orphans) {
+    if (orphans->count < orphans->cap)
+        return true;
+    int cap = orphans->cap ? orphans->cap * 2 : 8;
+    struct orphan *list =
+        cap > ORPHANS_MOST ? NULL : realloc(orphans->list, (size_t)cap * sizeof *list);
+    if (!list)
+        return false;
+    orphans->list = list;
+    orphans->cap = cap;
+    return true;
 }
 
 static char *orphans_path(const struct orphans *orphans) {
@@ -79,7 +94,7 @@ int orphans_note(struct orphans *orphans, long pid) {
     int place = 0;
     while (place < orphans->count && orphans->list[place].pid)
         place++;
-    if (place == ORPHANS_MOST || pid > 99999999)
+    if (pid > 99999999 || (place == orphans->count && !orphans_grow(orphans)))
         return -1;
     if (place == orphans->count)
         orphans->count++;
@@ -89,7 +104,7 @@ int orphans_note(struct orphans *orphans, long pid) {
 }
 
 void orphans_forget(struct orphans *orphans, int place) {
-    if (place < 0 || !orphans->list[place].pid)
+    if (place < 0 || place >= orphans->count || !orphans->list[place].pid)
         return;
     orphans->list[place] = (struct orphan){0};
     orphans_write(orphans, place);
@@ -98,7 +113,7 @@ void orphans_forget(struct orphans *orphans, int place) {
 }
 
 void orphans_leave(struct orphans *orphans, int place) {
-    if (place < 0)
+    if (place < 0 || place >= orphans->count)
         return;
     orphans->list[place].lost = true;
     orphans->list[place].since = time(NULL);
@@ -114,7 +129,7 @@ void orphans_load(struct orphans *orphans) {
         return;
     snprintf(orphans->boot, sizeof orphans->boot, "%.*s", (int)strcspn(text.data, " \n"),
              text.data);
-    for (size_t at = ORPHANS_HEAD; at + ORPHAN_LINE <= text.len && orphans->count < ORPHANS_MOST;
+    for (size_t at = ORPHANS_HEAD; at + ORPHAN_LINE <= text.len && orphans_grow(orphans);
          at += ORPHAN_LINE) {
         long pid = strtol(text.data + at, NULL, 10);
         orphans->list[orphans->count++] =
@@ -124,8 +139,9 @@ void orphans_load(struct orphans *orphans) {
 
 void orphans_clear(struct orphans *orphans) {
     cleanup_free char *path = orphans_path(orphans);
-    memset(orphans->list, 0, sizeof orphans->list);
-    orphans->count = 0;
+    free(orphans->list);
+    orphans->list = NULL;
+    orphans->count = orphans->cap = 0;
     if (orphans->fd >= 0)
         close(orphans->fd);
     orphans->fd = -1;
