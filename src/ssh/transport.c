@@ -134,9 +134,9 @@ static void transport_set_callbacks(struct transport *t) {
 #endif
 }
 
-/* A LIBSSH2_SESSION is 52 KiB of packet buffers that libssh2 fills with zeros, and small packets use
- * but their beginnings. The pages that are zeros go back to the kernel, which gives zeros for them
- * when they are touched. */
+/* A LIBSSH2_SESSION is 52 KiB of packet buffers that libssh2 fills with zeros, and small packets
+ * use but their beginnings. The pages that are zeros go back to the kernel, which gives zeros for
+ * them when they are touched. */
 static void transport_shrink(LIBSSH2_SESSION *ssh) {
     static const char zeros[4096];
     size_t page = (size_t)sysconf(_SC_PAGESIZE);

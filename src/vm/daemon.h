@@ -41,8 +41,8 @@ struct daemon {
     uid_t uid;        /* owner of every file of the tree */
     gid_t gid;
     unsigned house_turns;
-    bool trim;          /* a VM has gone since malloc() was asked for what is free */
-    unsigned looked_at; /* VMs whose variables are looked at, see vars_touch() */
+    bool trim;                /* a VM has gone since malloc() was asked for what is free */
+    unsigned looked_at;       /* VMs whose variables are looked at, see vars_touch() */
     uv_timer_t *housekeeping; /* what has to be looked at every few seconds */
     bool closing;
     uint64_t last_number; /* of VMs; never used twice in a state directory */
