@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -384,6 +385,54 @@ def test_removals_in_an_open_directory_do_not_add_up(daemon):
         assert status != 0 and "timed out" in errors
     os.kill(vm.qemu(), signal.SIGCONT)
     wait_for(lambda: not [name for name in os.listdir(vm / "env") if name.startswith("A")], "all take effect", 30)
+
+
+class Creeping:
+    """A guest that is alive and gets a fiftieth of the time."""
+
+    def __init__(self, vm):
+        self.pid = vm.qemu()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.creep)
+
+    def creep(self):
+        while not self.over.is_set():
+            os.kill(self.pid, signal.SIGSTOP)
+            self.over.wait(0.1)
+            os.kill(self.pid, signal.SIGCONT)
+            self.over.wait(0.002)
+
+    def __enter__(self):
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("what", ["rm -r", "many at once"])
+def test_who_waits_behind_removals_of_a_slow_guest_can_be_killed(daemon, what):
+    one = daemon(timeout=60)
+    vm = one.boot("creeps")
+    names = [f"A{i}" for i in range(20)]
+    write(vm / "environ", "".join(f"{name}=a\n" for name in names))
+    vm.close()
+    env = {"D": vm.path, "PATH": PATH}
+    scripts = ['rm -r "$D/env"'] if what == "rm -r" else [f'rm "$D/env/{name}"' for name in names]
+    with Creeping(vm):
+        removals = [Client(script, env=env) for script in scripts]
+        for number in range(10):
+            with Client(f'cat "$D/env/NOPE{number}"', env=env).waits("for a name", or_ends=True) as client:
+                start = time.monotonic()
+                client.signal(signal.SIGKILL)
+                client.result(20)
+                assert time.monotonic() - start < 1
+    for removal in removals:
+        status, _, errors = removal.result(60)
+        assert status == 0 or (what == "rm -r" and "timed out" in errors), errors
+    sh('rm -rf "$D/env"', D=vm.path)
+    wait_for(lambda: not [name for name in os.listdir(vm / "env") if name.startswith("A")], "all are gone", 60)
 
 
 @pytest.mark.deadline(200)

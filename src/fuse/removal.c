@@ -15,12 +15,14 @@
  *
  * Who names the file by the directory itself (`cd env; rm KEY`, unlinkat(2) with its descriptor)
  * has no such LOOKUP: its second try waits with the lock, and there is no third. So it is given
- * less time than others, unless the guest is only slow and shows that it lives; and none, when
- * another has just had it in vain. */
+ * less time than others, and hardly any when another has just had it in vain. Who waits behind it
+ * can be killed when that is over, so all that have the lock while one guest hesitates share that
+ * time: a further one is let go of at once. */
 
 #define REMOVAL_PATIENCE_MS 100 /* with the lock */
 #define REMOVAL_MOST_MS 800     /* from the start, with the lock again */
-#define REMOVAL_VAIN_MS 2000    /* how long that counts */
+#define REMOVAL_VAIN_MS 2000    /* how long it counts that this was in vain, */
+#define REMOVAL_BRIEF_MS 25     /* and what others have the lock for meanwhile */
 #define REMOVAL_RETURN_MS 5000  /* the kernel comes back at once, unless its process was killed */
 
 struct removal {
@@ -111,6 +113,12 @@ void removal_begin(struct fuse_request *r, struct node *dir, const char *name, s
         r->removal = removal;
 }
 
+static bool removal_was_in_vain(const struct removal *removal) {
+    const struct fuse_channel *channel = removal->channel;
+    return channel->vain_dir == removal->dir->id &&
+           uv_now(channel->daemon->loop) - channel->vain_at < REMOVAL_VAIN_MS;
+}
+
 static void removal_let_go(uv_timer_t *timer) {
     struct removal *removal = timer->data;
     struct fuse_request *r = removal->r;
@@ -123,9 +131,21 @@ static void removal_let_go(uv_timer_t *timer) {
     fuse_reply_err(req, ESTALE);
 }
 
+/* Has another had the lock of the directory already, and still no verdict? */
+static bool removal_is_further(const struct removal *removal) {
+    const struct list *removals = &removal->channel->removals;
+    for (const struct list *l = removals->next; l != removals; l = l->next) {
+        const struct removal *other = LIST_OWNER(l, struct removal, link);
+        if (other->r && (other->dir == removal->dir || other->new_dir == removal->dir))
+            return true;
+    }
+    return removal_was_in_vain(removal);
+}
+
 void removal_wait(struct removal *removal) {
     if (!removal->let_go)
-        uv_timer_start(removal->timer, removal_let_go, REMOVAL_PATIENCE_MS, 0);
+        uv_timer_start(removal->timer, removal_let_go,
+                       removal_is_further(removal) ? 0 : REMOVAL_PATIENCE_MS, 0);
 }
 
 bool removal_answered(struct fuse_request *r, int status) {
@@ -168,10 +188,6 @@ static void removal_is_overdue(uv_timer_t *timer) {
     struct removal *removal = timer->data;
     struct fuse_request *r = removal->r;
     fuse_req_t req = r->req;
-    if (removal->dir->vm && vm_is_alive(removal->dir->vm, REMOVAL_MOST_MS)) {
-        uv_timer_start(timer, removal_is_overdue, REMOVAL_MOST_MS, 0); /* its deadline goes on */
-        return;
-    }
     fuse_req_interrupt_func(req, NULL, NULL);
     r->req = NULL;
     fuse_request_cancel(r, -ERR_INTERRUPTED); /* answers into `status` */
@@ -188,11 +204,10 @@ static void removal_is_overdue(uv_timer_t *timer) {
 
 /* How long it may have the lock again. */
 static uint64_t removal_time_left(const struct removal *removal) {
-    const struct fuse_channel *channel = removal->channel;
-    uint64_t now = uv_now(channel->daemon->loop), waited = now - removal->begun;
-    bool in_vain =
-        channel->vain_dir == removal->dir->id && now - channel->vain_at < REMOVAL_VAIN_MS;
-    return in_vain || waited >= REMOVAL_MOST_MS ? 0 : REMOVAL_MOST_MS - waited;
+    uint64_t waited = uv_now(removal->channel->daemon->loop) - removal->begun;
+    if (removal_was_in_vain(removal))
+        return REMOVAL_BRIEF_MS;
+    return waited >= REMOVAL_MOST_MS ? 0 : REMOVAL_MOST_MS - waited;
 }
 
 bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct node *dir,
@@ -211,8 +226,6 @@ bool removal_resume(struct fuse_channel *channel, fuse_req_t req, const struct n
     }
     list_remove(&removal->link);
     fuse_request_attach(removal->r, req);
-    if (dir->vm)
-        vm_is_alive(dir->vm, 0); /* only asks */
     uv_timer_start(removal->timer, removal_is_overdue, removal_time_left(removal), 0);
     return true;
 }

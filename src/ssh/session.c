@@ -459,17 +459,6 @@ void session_schedule(struct ssh_session *session) {
         uv_idle_start(&session->uv.idle, session_on_idle);
 }
 
-void ssh_session_probe(struct ssh_session *session) {
-    if (session->gone || session->state != SESSION_UP)
-        return;
-    session->probe_wanted = true;
-    session_schedule(session);
-}
-
-uint64_t ssh_session_heard(const struct ssh_session *session) {
-    return session->transport.heard;
-}
-
 unsigned session_count_queued(const struct ssh_session *session) {
     unsigned n = 0;
     for (const struct list *l = session->queued.next; l != &session->queued; l = l->next)

@@ -59,10 +59,6 @@ void ssh_session_close(struct ssh_session *session);
 /* The server is known to stand still, or to go on: meanwhile its silence is no loss. */
 void ssh_session_hold(struct ssh_session *session, bool hold);
 
-/* Asks the server for a sign of life; and when the newest came (uv_now(); 0: never). */
-void ssh_session_probe(struct ssh_session *session);
-uint64_t ssh_session_heard(const struct ssh_session *session);
-
 struct ssh_channel;
 
 enum ssh_end {

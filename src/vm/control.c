@@ -266,15 +266,6 @@ void control_again(struct control *control) {
     control_lost(control, -ERR_UNREACHABLE, "the variables could not be brought together");
 }
 
-void control_probe(struct control *control) {
-    if (control->session)
-        ssh_session_probe(control->session);
-}
-
-uint64_t control_heard(const struct control *control) {
-    return control->session ? ssh_session_heard(control->session) : 0;
-}
-
 bool control_is_up(const struct control *control) {
     return control->up;
 }

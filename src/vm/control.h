@@ -35,11 +35,6 @@ void control_again(struct control *control);
 /* Its guest is paused, or goes on: meanwhile silence is no loss, and no deadline passes. */
 void control_hold(struct control *control, bool hold);
 
-/* Asks the guest for a sign of life, also while its shell is busy; when the newest came (uv_now();
- * 0: there is no connection). */
-void control_probe(struct control *control);
-uint64_t control_heard(const struct control *control);
-
 /* Does the shell answer? */
 bool control_is_up(const struct control *control);
 

@@ -5,7 +5,6 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "vm/command.h"
-#include "vm/control.h"
 
 /* What ends a VM without being asked, and what keeps it from being destroyed. */
 
@@ -24,14 +23,6 @@ bool vm_guards(struct vm *vm, pid_t pid, bool whole) {
         return true;
     }
     return vm->remover && vm->remover == pid && now - vm->remover_since < GUARD_MS;
-}
-
-bool vm_is_alive(struct vm *vm, unsigned ms) {
-    if (vm->gone || !vm->control)
-        return false;
-    uint64_t heard = control_heard(vm->control);
-    control_probe(vm->control);
-    return heard && uv_now(vm->daemon->loop) - heard < ms;
 }
 
 void vm_use(struct vm *vm) {

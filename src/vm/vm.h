@@ -226,8 +226,6 @@ void vm_set_state(struct vm *vm, enum vm_state state);
 void vm_settle_saved(struct vm_wait *wait, int status);
 /* What was asked for will not be: who waits for another state than this one is told so. */
 void vm_unsettle(struct vm *vm, int status);
-/* Has the guest given a sign of life in the last `ms`? It is asked for the next one. */
-bool vm_is_alive(struct vm *vm, unsigned ms);
 
 /* Is it to be refused, because the VM is protected? `whole`: what is to be removed goes with the VM
  * only. Who has tried that is `rm -r` or its like, and from then on may remove nothing of the VM.
