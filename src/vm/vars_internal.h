@@ -3,8 +3,10 @@
 #include "vm/control.h"
 #include "vm/vars.h"
 
-/* Private to vm/vars.c (the table), vm/vars_commit.c (how changes reach the guest or the disk) and
- * vm/vars_guest.c (what is learned from the guest). */
+/* Private to vm/vars.c (the table), vm/vars_check.c (what is refused), vm/vars_batch.c (what is
+ * asked for, and what it does together), vm/vars_commit.c (how that reaches the guest or the disk),
+ * vm/vars_promise.c (what has been promised) and vm/vars_guest.c (what is learned from the guest).
+ */
 
 #define VAR_FIRST_NUMBER 64 /* below are the inode numbers of a VM's static files */
 
@@ -15,7 +17,36 @@
 /* How often an update is tried anew because somebody else has changed the file meanwhile. */
 #define VARS_RETRIES 50
 
-struct vars_batch;
+struct vars_commit {
+    struct list link; /* in vars->queued or batch->commits */
+    struct list wait; /* of vm_wait: who has asked for it, and vars_await() */
+    bool replace;     /* what is not among the changes is unset */
+    size_t count;
+    struct vars_commit_change {
+        char *name;
+        char *bytes; /* NULL: unset */
+        size_t length;
+        bool append;  /* to what is there by then */
+        size_t order; /* among the changes of a batch */
+    } changes[];
+};
+
+/* What all changes of a batch together do to one variable. */
+struct vars_effect {
+    const char *name; /* of a change */
+    bool set;         /* else it is unset */
+    bool onto;        /* the bytes come behind those of the table */
+    struct buf bytes;
+};
+
+struct vars_batch {
+    struct vars *vars; /* NULL: the VM is gone, only the answer is still to come */
+    struct list commits;
+    bool to_guest; /* else to the disk */
+    bool replace;  /* what is not in the overlay is unset */
+    size_t count;
+    struct vars_effect overlay[]; /* sorted by name, each name once */
+};
 
 struct vars {
     struct vm *vm; /* the owner */
@@ -61,6 +92,29 @@ size_t vars_count(const struct vars *vars);
 int vars_learn(struct vars *vars, const char *text, size_t length, bool merge);
 /* Takes over only the lines of others. */
 int vars_learn_kept(struct vars *vars, const char *text, size_t length);
+
+/* Copies the changes. NULL: no memory. */
+struct vars_commit *vars_commit_new(const struct var_change *changes, size_t count);
+void vars_commit_free(struct vars_commit *commit);
+/* Takes all commits of a list. NULL: no memory, and they are still there. */
+struct vars_batch *vars_batch_new(struct vars *vars, struct list *commits);
+/* Without its commits. */
+void vars_batch_free(struct vars_batch *batch);
+/* Visits a variable as it will be; `var`: as it is, may be NULL. */
+int vars_effect_show(const struct vars_effect *effect, const struct var *var,
+                     int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
+                     void *arg);
+/* Visits every pending change of `name`, in order; NULL: everything is replaced, so it is unset. */
+void vars_each_pending(const struct vars *vars, const char *name,
+                       void (*visit)(void *arg, const struct vars_commit_change *change),
+                       void *arg);
+
+/* May these changes be made? `ret_growth`: what they add to `projected`. Words about it are left.
+ */
+int vars_check(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
+               ssize_t *ret_growth);
+/* Can variables be changed in the state that the VM is in? */
+int vars_check_state(struct vars *vars);
 
 /* The table has changed otherwise than by a batch: counts `projected` anew. */
 void vars_project(struct vars *vars);
