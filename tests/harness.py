@@ -62,11 +62,14 @@ def read_bytes(path):
 
 
 def write(path, data):
-    """As a program writes that looks at every error: open, write, close. One write() for all of it."""
+    """As a program writes that looks at every error: open, write, close. One write() for all of it, if it is taken whole."""
     data = data.encode() if isinstance(data, str) else data
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        assert os.write(fd, data) == len(data)
+        while True:
+            data = data[os.write(fd, data) :]
+            if not data:
+                break
     finally:
         os.close(fd)
 

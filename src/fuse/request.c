@@ -124,22 +124,30 @@ static void fuse_request_interrupted(fuse_req_t req, void *data) {
     uv_async_send(&r->channel->interrupted);
 }
 
+static bool fuse_request_set_deadline(struct fuse_request *r, unsigned timeout_ms) {
+    if (!r->deadline) {
+        r->deadline = malloc(sizeof *r->deadline);
+        if (!r->deadline)
+            return false;
+        uv_timer_init(r->channel->daemon->loop, r->deadline);
+        r->deadline->data = r;
+    }
+    uv_timer_start(r->deadline, fuse_request_deadline, timeout_ms, 0);
+    return true;
+}
+
 static void fuse_request_wait(struct request *rq, unsigned timeout_ms, request_cancel *cancel,
                               void *arg) {
     struct fuse_request *r = (struct fuse_request *)rq;
     r->cancel = cancel;
     r->cancel_arg = arg;
+    list_remove(&r->link); /* it may wait for one thing after another */
     list_append(&r->channel->parked, &r->link);
-    if (timeout_ms) {
-        r->deadline = malloc(sizeof *r->deadline);
-        if (r->deadline) {
-            uv_timer_init(r->channel->daemon->loop, r->deadline);
-            r->deadline->data = r;
-            uv_timer_start(r->deadline, fuse_request_deadline, timeout_ms, 0);
-        } else {
-            r->interrupt_marked = true; /* it must not wait for ever */
-            uv_async_send(&r->channel->interrupted);
-        }
+    if (r->deadline)
+        uv_timer_stop(r->deadline);
+    if (timeout_ms && !fuse_request_set_deadline(r, timeout_ms)) {
+        r->interrupt_marked = true; /* it must not wait for ever */
+        uv_async_send(&r->channel->interrupted);
     }
     if (r->removal)
         removal_wait(r->removal);

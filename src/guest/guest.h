@@ -68,6 +68,9 @@ struct guest_ops {
      * not, and the old file is there. */
     void (*env_replace)(struct buf *out, const char *path, const char *bytes, size_t length,
                         bool absent);
+    /* Could env_replace() write these bytes? Nothing is changed. A status other than 0: it prints
+     * why not. */
+    void (*env_probe)(struct buf *out, const char *path, const char *bytes, size_t length);
     /* Sends a signal ("TERM"; one that signal_is_known() knows) to the process group of the command
      * whose first process is `pid`, and, unless the grace is 0, KILL to what is left of it then,
      * whether this side lives to see it or not. A status other than 0: it has ended. */

@@ -64,8 +64,16 @@ static const char linux_control_script[] =
     "vmsfs_write() {\n" /* FILE BYTES */
     "{ ! [ -s \"$1.tmp\" ] || true >\"$1.tmp\"; } && command exec 7<>\"$1.tmp\" &&\n"
     "printf %%s \"$2\" >&7 && { echo >&8; mv -f \"$1.tmp\" \"$1\"; } && return\n"
+    "vmsfs_why \"$@\"\n"
+    "}\n"
+    "vmsfs_why() {\n" /* FILE BYTES: the words for it */
     "dd if=/dev/zero of=\"$1.tmp\" bs=1024 count=$((${#2} / 1024 + 1)); rm -f \"$1.tmp\"\n"
     "return 1\n"
+    "}\n"
+    "vmsfs_probe() {\n" /* FILE BYTES */
+    "[ -d \"${1%%/*}/\" ] || mkdir -p \"${1%%/*}/\"\n"
+    "command exec 9>\"$1.tmp\" && printf %%s \"$2\" >&9 && exec 9>&- && rm \"$1.tmp\" && return\n"
+    "vmsfs_why \"$@\"\n"
     "}\n"
     "vmsfs_create() {\n" /* FILE BYTES: there was none */
     "! [ -e \"$1\" ] || return %d\n"
@@ -88,6 +96,13 @@ static void linux_env_read(struct buf *out, const char *path) {
 static void linux_env_replace(struct buf *out, const char *path, const char *bytes, size_t length,
                               bool absent) {
     buf_append_str(out, absent ? "vmsfs_create " : "vmsfs_replace ");
+    linux_quoted(out, path);
+    buf_append_char(out, ' ');
+    env_quote(out, bytes, length);
+}
+
+static void linux_env_probe(struct buf *out, const char *path, const char *bytes, size_t length) {
+    buf_append_str(out, "vmsfs_probe ");
     linux_quoted(out, path);
     buf_append_char(out, ' ');
     env_quote(out, bytes, length);
@@ -307,6 +322,7 @@ const struct guest_ops guest_linux = {
     .name_is_reserved = linux_name_is_reserved,
     .env_read = linux_env_read,
     .env_replace = linux_env_replace,
+    .env_probe = linux_env_probe,
     .command_signal = linux_command_signal,
     .signal_is_known = linux_signal_is_known,
     .command_exists = linux_command_exists,

@@ -11,9 +11,11 @@
 #include "vm/vars.h"
 #include "vm/vm.h"
 
-/* ID/environ: `>` replaces all variables in one update of the guest, `>>` merges. It is committed
- * by the same rules as a single variable (tree/env_key.c), and parsed at every WRITE, so that a bad
- * line fails the write that brought it.
+/* ID/environ: `>` replaces all variables in one update of the guest, `>>` merges. It is parsed at
+ * every WRITE, so that a bad line fails the write that brought it. The first WRITE has the guest's
+ * verdict, as that of a single variable has; but a shell writes line by line, and nothing is to
+ * have changed when a later line is bad, and nobody to see half of it. So what the first WRITE
+ * brings is promised (vm/vars_promise.c), and FLUSH commits the whole.
  *
  * A tool that writes in pieces cuts lines anywhere. What ends inside of quotes or of a name,
  * without a newline, waits for the rest, until FLUSH; so does a large piece that ends inside a
@@ -32,22 +34,16 @@ struct environ_handle {
     bool truncating;     /* emptied, and nothing written since */
     uint64_t since;      /* vars_generation() at that moment */
     bool wrote;          /* there was a commit, or a WRITE that was refused */
+    bool asked;          /* a WRITE has had its verdict: it was the first that was no piece */
     bool dirty;          /* changed since the last commit */
     bool failed;         /* the last commit has: the next WRITE is to say how it is now */
     int refused;         /* by a WRITE; no other is taken until the file is emptied */
     int lost;            /* why what was acknowledged is not there and will not be: FLUSH says it */
-    /* A first line that was merged, to be taken back when a later one is bad. No name: none. */
-    struct environ_first {
-        char *name;
-        bool set; /* it was, before */
-        struct buf before, after;
-        int why; /* it is being taken back */
-    } first;
+    struct vars_promise *promise; /* what the first WRITE has brought; NULL: nothing */
     struct environ_commit {
         bool busy;         /* one at a time; who comes meanwhile waits */
         struct list waits; /* of vm_wait */
-        bool merge;        /* variables that the text does not name stay */
-        size_t writing;    /* bytes of the WRITE whose verdict it is; 0: of FLUSH or FSYNC */
+        size_t length;     /* bytes of the WRITE, or of what FLUSH or FSYNC commits */
         struct buf before; /* the content before that WRITE */
     } commit;
 };
@@ -132,116 +128,128 @@ static bool environ_appends(const struct environ_handle *h) {
     return h->handle.flags & O_APPEND;
 }
 
-static void environ_forget_first(struct environ_handle *h) {
-    free(h->first.name);
-    h->first.name = NULL;
-    buf_free(&h->first.before);
-    buf_free(&h->first.after);
-}
-
-static void environ_remember_first(struct environ_handle *h, const struct environ_changes *all) {
-    environ_forget_first(h);
-    if (all->count != 1)
-        return;
-    const struct var_change *change = &all->changes[0];
-    h->first.set = vars_newest(h->handle.node->vm->vars, change->name, &h->first.before);
-    buf_append(&h->first.after, change->bytes, change->length);
-    h->first.name = strdup(change->name);
-}
-
-/* The verdict on taking back is nobody's: what was refused stays so. */
-static void environ_taken_back(void *arg, int status, struct request *rq) {
-    struct environ_handle *h = arg;
-    (void)status;
-    request_answer(rq, h->first.why);
-}
-
-/* A later line is bad: nothing is to have changed. The first is taken back, unless somebody else
- * has set it since. */
-static void environ_take_back(struct environ_handle *h, int status, struct request *rq) {
-    struct node *node = h->handle.node;
-    cleanup_buf struct buf now = {0};
-    bool ours = h->first.name && vars_newest(node->vm->vars, h->first.name, &now) &&
-                now.len == h->first.after.len &&
-                (!now.len || memcmp(now.data, h->first.after.data, now.len) == 0);
-    if (!ours) {
-        request_answer(rq, status);
-        return;
-    }
-    h->first.why = status;
-    struct var_change change = {.name = h->first.name,
-                                .bytes = !h->first.set          ? NULL
-                                         : h->first.before.data ? h->first.before.data
-                                                                : "",
-                                .length = h->first.before.len};
-    struct vm_wait *wait = guest_wait(node, "environ", environ_taken_back, h, rq);
-    int r = wait ? vars_commit(node->vm->vars, &change, 1, wait) : 0;
-    if (r < 0)
-        guest_wait_settle(wait, r);
-    environ_forget_first(h);
+/* It has been done, or is not wanted any more. */
+static void environ_settle(struct environ_handle *h) {
+    if (h->promise)
+        vars_promise_settle(h->promise);
+    h->promise = NULL;
 }
 
 /* No WRITE is taken any more, so that a text of which a line is missing never replaces anything. */
 static void environ_refuse(struct environ_handle *h, int status, struct request *rq) {
     h->refused = status;
-    h->lost = h->dirty || h->first.name ? status : 0;
+    h->lost = h->dirty ? status : 0;
     h->wrote = true; /* it is no empty file */
     h->truncating = h->dirty = false;
     buf_clear(&h->content);
-    environ_take_back(h, status, rq);
+    environ_settle(h);
+    request_answer(rq, status);
 }
 
-/* The verdict on what a handle has committed. What was acknowledged and then not committed stays
- * dirty, and each FLUSH tries again: the one that failed may have been that of a child that knows
- * nothing of the file. */
-static void environ_verdict(void *arg, int status, struct request *rq) {
+/* The verdict on the promise that the first WRITE asks for. */
+static void environ_promised(void *arg, int status, struct request *rq) {
     struct environ_handle *h = arg;
-    size_t writing = h->commit.writing;
     h->commit.busy = false;
     h->failed = status < 0;
-    if (status < 0 && writing) {
+    if (status < 0 && h->dirty) { /* the pieces before it are no whole without it */
+        buf_clear(&h->commit.before);
+        vm_wait_wake(&h->commit.waits, 0);
+        environ_refuse(h, status, rq);
+        return;
+    }
+    if (status < 0) {
         struct buf written = h->content;
         h->content = h->commit.before;
         h->commit.before = written;
-        environ_forget_first(h);
-    } else if (status < 0) {
-        h->dirty = h->dirty || !h->refused;
+        environ_settle(h);
     } else {
-        /* A first line that is merged is followed by the rest at FLUSH. */
-        h->dirty = (h->dirty && !writing) || (h->commit.merge && !environ_appends(h));
-        if (!h->dirty && !h->refused && !environ_appends(h))
-            environ_note_style(h->handle.node->vm, &h->content);
+        h->dirty = true;
     }
     buf_clear(&h->commit.before);
     vm_wait_wake(&h->commit.waits, 0);
-    if (status == 0 && writing)
-        request_answer_written(rq, writing);
+    if (status == 0)
+        request_answer_written(rq, h->commit.length);
     else
         request_answer(rq, status);
 }
 
-/* Commits what the handle holds. `merge`: variables that it does not name stay. */
-static void environ_handle_commit(struct environ_handle *h, bool merge, size_t writing,
-                                  struct request *rq) {
+static void environ_promise(struct environ_handle *h, size_t length, struct request *rq) {
+    struct node *node = h->handle.node;
+    struct environ_changes all = {0};
+    bool cut;
+    int r = environ_parse(node->vm, h->content.data ? h->content.data : "", h->content.len, false,
+                          &all, &cut);
+    environ_settle(h);
+    h->wrote = h->asked = true;
+    h->truncating = false;
+    h->commit.busy = true;
+    h->commit.length = length;
+    struct vm_wait *wait = guest_wait(node, "environ", environ_promised, h, rq);
+    if (wait && r == 0)
+        r = vars_promise(node->vm->vars, all.changes, all.count, !environ_appends(h), wait,
+                         &h->promise);
+    if (wait && r < 0)
+        guest_wait_settle(wait, r);
+    environ_changes_free(&all);
+}
+
+/* The promise has left the record. */
+static void environ_recorded(void *arg, int status, struct request *rq) {
+    (void)arg;
+    (void)status;
+    request_answer(rq, 0);
+}
+
+static bool is_unknown(int status) {
+    return status == -ERR_TIMED_OUT || status == -ERR_UNREACHABLE || status == -ERR_INTERRUPTED ||
+           status == -ERR_GONE;
+}
+
+/* The verdict on what FLUSH has committed. What was not stays dirty, and each FLUSH tries again:
+ * the one that failed may have been that of a child that knows nothing of the file. */
+static void environ_verdict(void *arg, int status, struct request *rq) {
+    struct environ_handle *h = arg;
+    struct node *node = h->handle.node;
+    bool promised = h->promise;
+    h->commit.busy = false;
+    h->failed = status < 0;
+    h->dirty = h->dirty || (status < 0 && !h->refused);
+    if (status == 0 && !h->dirty && !h->refused && !environ_appends(h))
+        environ_note_style(node->vm, &h->content);
+    if (status == 0 && environ_appends(h))
+        buf_consume(&h->content, h->commit.length);
+    if (promised && is_unknown(status))
+        vars_promise_leave(h->promise);
+    else if (promised)
+        vars_promise_settle(h->promise);
+    h->promise = NULL;
+    vm_wait_wake(&h->commit.waits, 0);
+    if (status < 0 || !promised || node->vm->gone) {
+        request_answer(rq, status);
+        return;
+    }
+    struct vm_wait *wait = guest_wait(node, "environ", environ_recorded, NULL, rq);
+    if (wait)
+        vm_save_for(node->vm, wait);
+}
+
+/* Commits what the handle holds. */
+static void environ_handle_commit(struct environ_handle *h, struct request *rq) {
     struct environ_changes all = {0};
     bool cut;
     const char *text = h->content.data ? h->content.data : "";
     int r = environ_parse(h->handle.node->vm, text, h->content.len, false, &all, &cut);
+    h->wrote = true;
     if (r < 0) { /* its end is missing, and may still come */
         environ_changes_free(&all);
-        h->wrote = true;
-        environ_take_back(h, r, rq);
+        environ_settle(h);
+        request_answer(rq, r);
         return;
     }
-    h->wrote = true;
-    h->truncating = false;
-    h->dirty = h->dirty && writing;
+    h->truncating = h->dirty = false;
     h->commit.busy = true;
-    h->commit.merge = merge;
-    h->commit.writing = writing;
-    if (merge && writing)
-        environ_remember_first(h, &all);
-    environ_commit(h->handle.node, &all, merge, environ_verdict, h, rq);
+    h->commit.length = h->content.len;
+    environ_commit(h->handle.node, &all, environ_appends(h), environ_verdict, h, rq);
 }
 
 static int environ_load(struct environ_handle *h) {
@@ -261,7 +269,7 @@ static void environ_free(struct environ_handle *h) {
     environ_wipe(&h->content);
     environ_wipe(&h->snapshot);
     environ_wipe(&h->commit.before);
-    environ_forget_first(h);
+    environ_settle(h);
     handle_done(&h->handle);
     free(h);
 }
@@ -290,10 +298,10 @@ static struct environ_handle *environ_handle_new(struct node *node, int flags) {
 /* As on the day it was opened, and empty. */
 static void environ_truncate(struct environ_handle *h) {
     buf_clear(&h->content);
-    environ_forget_first(h);
+    environ_settle(h);
     h->since = vars_generation(h->handle.node->vm->vars);
     h->truncating = true;
-    h->wrote = h->dirty = h->failed = false;
+    h->wrote = h->asked = h->dirty = h->failed = false;
     h->refused = h->lost = 0;
 }
 
@@ -330,7 +338,7 @@ void environ_create(struct node *dir, const struct node_row *row, int flags, str
 
 static void environ_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
     struct environ_handle *h = (struct environ_handle *)handle;
-    bool own = (h->wrote || h->dirty || h->truncating) && !h->refused;
+    bool own = (h->wrote || h->dirty || h->truncating) && !h->refused && !environ_appends(h);
     const struct buf *text = own ? &h->content : &h->snapshot;
     buf_answer_read(text, length, offset, rq);
 }
@@ -374,7 +382,7 @@ static void environ_write(struct handle *handle, const char *data, size_t length
     bool in_a_line = length > 0 && data[length - 1] != '\n';
     /* The kernel cuts what is longer than a MiB, where the pages of the writer's buffer end. */
     bool piece = (in_a_line && length >= ENVIRON_BLOCK) || length >= ENVIRON_LARGEST;
-    bool first = (h->failed || (!h->wrote && !h->dirty)) && !h->commit.busy && !piece;
+    bool first = (h->failed || !h->asked) && !h->commit.busy && !piece;
     if (first)
         buf_append(&h->commit.before, h->content.data, h->content.len);
     int r =
@@ -383,12 +391,7 @@ static void environ_write(struct handle *handle, const char *data, size_t length
     if (r == 0 && (first || !h->dirty || !in_a_line || length >= ENVIRON_BLOCK))
         r = environ_judge(h, in_a_line, &cut);
     if (r == 0 && first && !cut) {
-        /* A shell's echo or printf writes line by line. Were all other variables gone with the
-         * first of many lines, the guest would miss them for a moment, and for good when a later
-         * line is bad. So a first WRITE of a single line is merged, for its verdict, and FLUSH
-         * replaces the rest. */
-        bool one_line = !h->dirty && memchr(data, '\n', length) == data + length - 1;
-        environ_handle_commit(h, environ_appends(h) || one_line, length, rq);
+        environ_promise(h, length, rq);
         return;
     }
     buf_clear(&h->commit.before);
@@ -417,7 +420,7 @@ static void environ_sync(struct environ_handle *h, bool pending, struct request 
         if (wait)
             list_append(&h->commit.waits, &wait->link);
     } else if (pending) {
-        environ_handle_commit(h, environ_appends(h), 0, rq);
+        environ_handle_commit(h, rq);
     } else {
         request_answer(rq, h->lost);
     }

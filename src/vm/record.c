@@ -82,6 +82,10 @@ static json_t *record_make(struct vm *vm) {
         "config", config, "created", (json_int_t)vm->created.tv_sec, "booted_ms",
         (json_int_t)vm->booted_ms, "user", vm->user, "backend", vm->vmm ? vm->vmm->ops->name : NULL,
         "vmm", vmm, "variables", variables);
+    if (record && vars_save_more(vm->vars, record) < 0) {
+        json_decref(record);
+        return NULL;
+    }
     if (record)
         machine_save(vm, record);
     if (record)
@@ -346,6 +350,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     vm_use(vm);
     int r = vars_load(vm->vars, json_object_get(record, "variables"),
                       json_is_true(json_object_get(record, "owned")));
+    int more = vars_load_more(vm->vars, record);
+    r = r < 0 ? r : more;
     if (r < 0) {
         cleanup_free char *aside = NULL;
         bool kept = asprintf(&aside, "%s.unreadable", path) >= 0 && link(path, aside) == 0;
@@ -355,6 +361,8 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
     record_load_looks(vm, record);
     jobs_load(vm->jobs, vm);
     record_adopt(vm, record);
+    if (!vm->vmm)
+        vars_apply_promises(vm->vars);
     json_decref(record);
     return vm;
 }

@@ -30,6 +30,7 @@ struct vars *vars_new(struct vm *vm) {
     vars->vm = vm;
     vars->last_number = VAR_FIRST_NUMBER;
     RB_INIT(&vars->index);
+    list_init(&vars->promises);
     list_init(&vars->queued);
     list_init(&vars->refresh_waits);
     clock_gettime(CLOCK_REALTIME, &vars->changed);
@@ -55,6 +56,7 @@ static void vars_clear(struct vars *vars) {
 
 void vars_shut(struct vars *vars) {
     vars_fail_all(vars, -ERR_GONE);
+    vars_shut_promises(vars);
     uv_close((uv_handle_t *)vars->poll, (uv_close_cb)free);
     vars->poll = NULL;
 }
@@ -351,14 +353,18 @@ struct vars_saving {
     struct look usual;
 };
 
-static int vars_save_one(void *arg, const char *name, const char *bytes, size_t length) {
-    struct vars_saving *saving = arg;
-    const struct var *var = vars_find(saving->vars, name);
+static json_t *vars_save_bytes(const char *name, const char *bytes, size_t length) {
     json_t *value = json_stringn(bytes, length);
     const char *key = value ? "bytes" : "latin1";
     if (!value)
         value = vars_save_latin1(bytes, length);
-    json_t *one = json_pack("{s:s, s:o}", "name", name, key, value);
+    return json_pack("{s:s, s:o}", "name", name, key, value);
+}
+
+static int vars_save_one(void *arg, const char *name, const char *bytes, size_t length) {
+    struct vars_saving *saving = arg;
+    const struct var *var = vars_find(saving->vars, name);
+    json_t *one = vars_save_bytes(name, bytes, length);
     if (one && var) {
         json_object_set_new(one, "number", json_integer((json_int_t)var->number));
         look_save(&var->look, &saving->usual, one);
@@ -374,6 +380,24 @@ json_t *vars_save(const struct vars *vars) {
         return NULL;
     }
     return list;
+}
+
+static int vars_save_promised(void *arg, const char *name, const char *bytes, size_t length) {
+    json_t *one = vars_save_bytes(name, bytes, length);
+    return json_array_append_new(arg, one) < 0 ? -ERR_NO_MEMORY : 0;
+}
+
+int vars_save_more(const struct vars *vars, json_t *record) {
+    json_t *promised = json_array();
+    int r = promised ? vars_each_promised(vars, vars_save_promised, promised) : -ERR_NO_MEMORY;
+    if (r == 0 && json_array_size(promised))
+        r = json_object_set(record, "promised", promised) < 0 ? -ERR_NO_MEMORY : 0;
+    if (r == 0 && vars->kept.len) {
+        json_t *kept = vars_save_latin1(vars->kept.data, vars->kept.len);
+        r = json_object_set_new(record, "kept", kept) < 0 ? -ERR_NO_MEMORY : 0;
+    }
+    json_decref(promised);
+    return r;
 }
 
 bool vars_are_owned(const struct vars *vars) {
@@ -408,24 +432,55 @@ static void vars_load_look(struct vars *vars, struct var *var, const json_t *one
         vars->last_number = var->number;
 }
 
-static int vars_load_one(struct vars *vars, const json_t *one) {
+/* What vars_save_bytes() has made. */
+static int vars_load_bytes(const json_t *one, const char **ret_name, struct buf *value) {
     const json_t *name = json_object_get(one, "name");
     const json_t *bytes = json_object_get(one, "bytes");
     const json_t *latin1 = json_object_get(one, "latin1");
-    cleanup_buf struct buf value = {0};
     if (!json_is_string(name) ||
         !env_name_is_valid(json_string_value(name), json_string_length(name)))
         return -ERR_INVALID;
     if (json_is_string(bytes))
-        buf_append(&value, json_string_value(bytes), json_string_length(bytes));
+        buf_append(value, json_string_value(bytes), json_string_length(bytes));
     else if (!json_is_string(latin1) ||
-             vars_load_latin1(&value, json_string_value(latin1), json_string_length(latin1)) < 0)
+             vars_load_latin1(value, json_string_value(latin1), json_string_length(latin1)) < 0)
         return -ERR_INVALID;
-    if (value.len && memchr(value.data, 0, value.len))
+    if (value->len && memchr(value->data, 0, value->len))
         return -ERR_INVALID;
-    int r = vars_set(vars, json_string_value(name), value.data ? value.data : "", value.len);
+    *ret_name = json_string_value(name);
+    return value->failed;
+}
+
+static int vars_load_one(struct vars *vars, const json_t *one) {
+    cleanup_buf struct buf value = {0};
+    const char *name;
+    int r = vars_load_bytes(one, &name, &value);
     if (r == 0)
-        vars_load_look(vars, vars_find(vars, json_string_value(name)), one);
+        r = vars_set(vars, name, value.data ? value.data : "", value.len);
+    if (r == 0)
+        vars_load_look(vars, vars_find(vars, name), one);
+    return r;
+}
+
+int vars_load_more(struct vars *vars, const json_t *record) {
+    const json_t *kept = json_object_get(record, "kept");
+    size_t i;
+    json_t *one;
+    int r = 0;
+    if (json_is_string(kept) &&
+        vars_load_latin1(&vars->kept, json_string_value(kept), json_string_length(kept)) < 0) {
+        buf_clear(&vars->kept);
+        r = -ERR_INVALID;
+    }
+    json_array_foreach(json_object_get(record, "promised"), i, one) {
+        cleanup_buf struct buf value = {0};
+        const char *name;
+        int one_r = vars_load_bytes(one, &name, &value);
+        if (one_r == 0)
+            one_r = vars_renew_promise(vars, name, value.data ? value.data : "", value.len);
+        if (one_r < 0)
+            r = one_r;
+    }
     return r;
 }
 

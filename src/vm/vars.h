@@ -91,6 +91,22 @@ int vars_commit(struct vars *vars, const struct var_change *changes, size_t coun
 int vars_replace(struct vars *vars, const struct var_change *changes, size_t count,
                  struct vm_wait *wait);
 
+/* A promise that these changes will be made, for what is to take effect later and is acknowledged
+ * now. The guest (running) is asked whether it would take them, and they are recorded. Nothing is
+ * changed yet; but if neither vars_promise_settle() nor vars_promise_leave() comes soon, they are
+ * merged. `replace`: what is not among them would be unset, then. `wait` is told the verdict; if it
+ * is bad, or the wait is cancelled, the promise still has to be settled. -ERR_… and neither wait
+ * nor promise for what is refused at once, as by vars_commit(). */
+struct vars_promise;
+int vars_promise(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
+                 struct vm_wait *wait, struct vars_promise **ret_promise);
+/* Has it been merged? */
+bool vars_promise_is_kept(const struct vars_promise *promise);
+/* It has been done, or is not to be: frees it. */
+void vars_promise_settle(struct vars_promise *promise);
+/* Nobody knows whether it has been done: it is merged as soon as that is possible. Frees it. */
+void vars_promise_leave(struct vars_promise *promise);
+
 /* Visits every variable in order, as it reads now. A negative return ends it and is returned. */
 int vars_each(struct vars *vars,
               int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
@@ -158,13 +174,17 @@ void vars_resume(struct vars *vars);
 /* No answer can come any more: every commit under way fails with `status`. */
 void vars_detach(struct vars *vars, int status);
 
-/* For the VM's record. */
+/* For the VM's record: the variables; and what belongs to them besides. */
 json_t *vars_save(const struct vars *vars);
+int vars_save_more(const struct vars *vars, json_t *record);
 bool vars_are_owned(const struct vars *vars);
 /* The boot under way was started by an earlier daemon: takes it that the guest has been given the
  * variables. */
 void vars_assume_injected(struct vars *vars);
 int vars_load(struct vars *vars, const json_t *saved, bool owned);
+int vars_load_more(struct vars *vars, const json_t *record);
+/* No guest has been taken over: what was promised is done. */
+void vars_apply_promises(struct vars *vars);
 /* Is there a batch whose verdict is that of the record's next writing? Then that calls
  * vars_saved(). */
 bool vars_wants_saving(const struct vars *vars);

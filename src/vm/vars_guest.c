@@ -43,6 +43,8 @@ static void vars_end_attach(struct vars *vars, int status) {
         vars->learned = uv_now(vars->vm->daemon->loop);
     if (attached)
         attached(vars->vm, status);
+    if (status == 0)
+        vars_keep_promises(vars);
     vars_start_batch(vars);
 }
 
@@ -207,6 +209,7 @@ void vars_touch(struct vars *vars) {
 }
 
 int vars_inject(struct vars *vars, struct buf *out) {
+    vars_apply_promises(vars);
     vars->injected = vars->owned;
     return vars->owned ? vars_format(vars, NULL, out) : 0;
 }

@@ -58,6 +58,7 @@ struct vars {
     struct timespec written; /* what they are */
     struct buf kept;         /* lines of others in the guest's file */
 
+    struct list promises;      /* of vars_promise */
     struct list queued;        /* of vars_commit: for the next batch */
     struct vars_batch *flight; /* under way */
     size_t projected;          /* `total` when all that is queued or under way will be done */
@@ -148,6 +149,16 @@ void vars_attach_step(struct vars *vars);
 /* Leaves words about a script that failed (status > 0), and returns the -ERR_… for it. */
 int vars_explain(struct vars *vars, const char *doing, int status, const char *output,
                  size_t length);
+
+/* The guest or the disk takes changes again: so it does what was promised and left. */
+void vars_keep_promises(struct vars *vars);
+void vars_shut_promises(struct vars *vars);
+/* Visits what has been promised. */
+int vars_each_promised(const struct vars *vars,
+                       int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
+                       void *arg);
+/* One that an earlier daemon has made. */
+int vars_renew_promise(struct vars *vars, const char *name, const char *bytes, size_t length);
 
 /* Fails what is queued, under way or waiting. */
 void vars_fail_all(struct vars *vars, int status);

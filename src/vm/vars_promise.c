@@ -1,0 +1,272 @@
+#include <stdlib.h>
+#include <string.h>
+
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "vm/vars_internal.h"
+
+/* What has been acknowledged and is not done yet.
+ *
+ * A text comes in one WRITE or in many and is to take effect as one, at FLUSH; but a shell hears of
+ * no error that comes later than that of a write(). So at the first WRITE the guest is asked
+ * whether it would take the text: it writes the file that would be, beside the one that is, and
+ * removes it again. And the record says what has been promised. If FLUSH is late, or never comes
+ * because the daemon or the connection ends before, the variables are merged: then they are there,
+ * and no other is lost for a text that was not complete. */
+
+#define VARS_PROMISE_MS 100 /* FLUSH is late after that */
+
+struct vars_promise {
+    struct list link; /* in vars->promises */
+    struct vars *vars;
+    struct vars_commit *commit; /* what is to be merged; NULL: nothing any more */
+    struct list waits;          /* of vm_wait: who has asked for it */
+    unsigned asked;             /* answers to come: the guest's and the disk's, or of its merging */
+    int status;                 /* the first bad one */
+    bool owned;                 /* somebody will yet settle or leave it */
+    bool kept;                  /* the variables are merged */
+    struct vm_wait saved;
+    struct vm_wait merged;
+    uv_timer_t *timer;
+};
+
+static void promise_free_unused(struct vars_promise *p) {
+    if (!p->owned && !p->asked && !p->commit)
+        free(p);
+}
+
+static void promise_end(struct vars_promise *p) {
+    list_remove(&p->link);
+    if (p->commit)
+        vars_commit_free(p->commit);
+    p->commit = NULL;
+    if (p->timer)
+        uv_close((uv_handle_t *)p->timer, (uv_close_cb)free);
+    p->timer = NULL;
+}
+
+/* It leaves the record at once: when a daemon that was killed has left it there, it is merged, and
+ * would undo what has been acknowledged since. */
+static void promise_end_saved(struct vars_promise *p) {
+    if (p->commit)
+        vm_save(p->vars->vm);
+    promise_end(p);
+}
+
+static void promise_merged(struct vm_wait *wait, int status) {
+    struct vars_promise *p = LIST_OWNER(wait, struct vars_promise, merged);
+    bool again = status == -ERR_UNREACHABLE || status == -ERR_TIMED_OUT;
+    p->kept = status == 0;
+    p->asked--;
+    if (!p->owned && !again)
+        promise_end_saved(p);
+    promise_free_unused(p);
+}
+
+static void promise_keep(struct vars_promise *p) {
+    struct vars *vars = p->vars;
+    if (!p->commit || p->kept || p->asked || vars_check_state(vars) < 0)
+        return;
+    size_t count = p->commit->count;
+    cleanup_free struct var_change *changes = calloc(count + 1, sizeof *changes);
+    for (size_t i = 0; changes && i < count; i++)
+        changes[i] = (struct var_change){.name = p->commit->changes[i].name,
+                                         .bytes = p->commit->changes[i].bytes,
+                                         .length = p->commit->changes[i].length};
+    p->merged.done = promise_merged;
+    list_init(&p->merged.link);
+    p->asked++;
+    int r = changes ? vars_commit(vars, changes, count, &p->merged) : -ERR_NO_MEMORY;
+    if (r < 0)
+        promise_merged(&p->merged, r);
+}
+
+static void promise_is_late(uv_timer_t *timer) {
+    promise_keep(timer->data);
+}
+
+static void promise_answered(struct vars_promise *p, int status) {
+    p->asked--;
+    if (status < 0 && p->status == 0)
+        p->status = status;
+    if (p->asked)
+        return;
+    if (p->status == 0 && p->timer)
+        uv_timer_start(p->timer, promise_is_late, VARS_PROMISE_MS, 0);
+    struct list waits;
+    list_init(&waits);
+    list_splice(&waits, &p->waits);
+    status = p->status;
+    promise_free_unused(p);
+    vm_wait_wake(&waits, status);
+}
+
+static void promise_saved(struct vm_wait *wait, int status) {
+    struct vars_promise *p = LIST_OWNER(wait, struct vars_promise, saved);
+    if (status < 0 && p->commit && !p->vars->vm->gone)
+        vm_fail(p->vars->vm, status,
+                "environ: what was written could not be recorded in %s/vm.json", p->vars->vm->dir);
+    promise_answered(p, status);
+}
+
+static void promise_probed(void *arg, int status, const char *output, size_t length) {
+    struct vars_promise *p = arg;
+    struct vm *vm = p->vars->vm;
+    if (status > 0)
+        status = vars_explain(p->vars, "writing", status, output, length);
+    promise_answered(p, status);
+    vm_unref(vm);
+}
+
+static int promise_probe(struct vars_promise *p, bool replace) {
+    struct vars *vars = p->vars;
+    struct vm *vm = vars->vm;
+    cleanup_buf struct buf text = {0}, script = {0};
+    struct list alone;
+    list_init(&alone);
+    p->commit->replace = replace;
+    list_append(&alone, &p->commit->link);
+    struct vars_batch *batch = vars_batch_new(vars, &alone);
+    int r = batch ? vars_format(vars, batch, &text) : -ERR_NO_MEMORY;
+    list_remove(&p->commit->link);
+    p->commit->replace = false;
+    if (batch)
+        vars_batch_free(batch);
+    if (r == 0) {
+        vm->guest->env_probe(&script, vm->config.env_file, text.data, text.len);
+        r = script.failed ? script.failed
+                          : control_request(vm->control, &script, promise_probed, p);
+    }
+    if (text.data)
+        explicit_bzero(text.data, text.len);
+    if (script.data)
+        explicit_bzero(script.data, script.len);
+    if (r == 0) {
+        vm_ref(vm);
+        p->asked++;
+    }
+    return r;
+}
+
+static struct vars_promise *promise_new(struct vars *vars, const struct var_change *changes,
+                                        size_t count) {
+    struct vars_promise *p = calloc(1, sizeof *p);
+    if (!p)
+        return NULL;
+    p->vars = vars;
+    list_init(&p->waits);
+    list_append(&vars->promises, &p->link);
+    p->commit = vars_commit_new(changes, count);
+    p->timer = malloc(sizeof *p->timer);
+    if (p->timer) {
+        uv_timer_init(vars->vm->daemon->loop, p->timer);
+        p->timer->data = p;
+    }
+    if (p->commit && p->timer)
+        return p;
+    promise_end(p);
+    free(p);
+    return NULL;
+}
+
+int vars_promise(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
+                 struct vm_wait *wait, struct vars_promise **ret_promise) {
+    ssize_t growth;
+    if (vars->vm->gone)
+        return -ERR_GONE;
+    vm_use(vars->vm);
+    int r = vars_check_state(vars);
+    if (r == 0)
+        r = vars_check(vars, changes, count, replace, &growth);
+    if (r < 0)
+        return r;
+    struct vars_promise *p = promise_new(vars, changes, count);
+    if (!p)
+        return -ERR_NO_MEMORY;
+    if (vars->vm->state == VM_RUNNING && (r = promise_probe(p, replace)) < 0) {
+        promise_end(p);
+        free(p);
+        return r;
+    }
+    p->owned = true;
+    *ret_promise = p;
+    list_append(&p->waits, &wait->link);
+    p->asked++;
+    p->saved.done = promise_saved;
+    list_init(&p->saved.link);
+    vm_save_for(vars->vm, &p->saved);
+    return 0;
+}
+
+bool vars_promise_is_kept(const struct vars_promise *promise) {
+    return promise->kept;
+}
+
+void vars_promise_settle(struct vars_promise *promise) {
+    promise->owned = false;
+    promise_end_saved(promise);
+    promise_free_unused(promise);
+}
+
+void vars_promise_leave(struct vars_promise *promise) {
+    if (promise->kept || promise->status < 0) {
+        vars_promise_settle(promise);
+        return;
+    }
+    promise->owned = false;
+    promise_keep(promise);
+    promise_free_unused(promise);
+}
+
+void vars_keep_promises(struct vars *vars) {
+    struct list *next;
+    for (struct list *l = vars->promises.next; l != &vars->promises; l = next) {
+        struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        next = l->next; /* nothing is answered before this has ended */
+        if (!p->owned)
+            promise_keep(p);
+    }
+}
+
+void vars_apply_promises(struct vars *vars) {
+    struct list *next;
+    for (struct list *l = vars->promises.next; l != &vars->promises; l = next) {
+        struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        next = l->next;
+        for (size_t i = 0; !p->owned && i < p->commit->count; i++) {
+            const struct vars_commit_change *c = &p->commit->changes[i];
+            vars->owned |= vars_set(vars, c->name, c->bytes, c->length) == 0;
+        }
+        if (!p->owned)
+            promise_end(p);
+        promise_free_unused(p);
+    }
+    vars_project(vars);
+}
+
+void vars_shut_promises(struct vars *vars) {
+    struct list *l;
+    while ((l = list_pop(&vars->promises))) {
+        struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        promise_end(p);
+        promise_free_unused(p);
+    }
+}
+
+int vars_each_promised(const struct vars *vars,
+                       int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
+                       void *arg) {
+    int r = 0;
+    for (const struct list *l = vars->promises.next; l != &vars->promises; l = l->next) {
+        const struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        for (size_t i = 0; r == 0 && i < p->commit->count && p->status == 0; i++)
+            r = visit(arg, p->commit->changes[i].name, p->commit->changes[i].bytes,
+                      p->commit->changes[i].length);
+    }
+    return r;
+}
+
+int vars_renew_promise(struct vars *vars, const char *name, const char *bytes, size_t length) {
+    struct var_change change = {.name = name, .bytes = bytes, .length = length};
+    return promise_new(vars, &change, 1) ? 0 : -ERR_NO_MEMORY;
+}
