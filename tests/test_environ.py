@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -265,12 +266,99 @@ def test_an_open_that_writes_nothing_changes_nothing(clear):
     assert clear.value("A") == b"2"
 
 
-def test_it_is_one_update_of_the_guest(clear):
+ONE_UPDATE = {
+    "a line": 'echo ONE_0=0 {how} "$F"',
+    "many in one write": "printf 'ONE_%s=1\\n' 1 2 3 4 5 6 7 8 9 {how} \"$F\"",
+    "line by line": '{{ for n in 1 2 3 4 5 6 7 8 9; do echo ONE_$n=1; done; }} {how} "$F"',
+    "a here-document": 'cat {how} "$F" <<EOF\nONE_1=1\nONE_2=2\nEOF',
+    "unbuffered": "printf 'ONE_1=1\\nONE_2=2\\n' | dd bs=3 iflag=fullblock status=none {how} \"$F\"",
+}
+
+
+@pytest.mark.parametrize("how", [">", ">>"])
+@pytest.mark.parametrize("what", ONE_UPDATE)
+def test_it_is_one_update_of_the_guest(clear, what, how):
+    write(clear.env("BEFORE"), "x\n")
+    before = clear.info()
+    sh(ONE_UPDATE[what].format(how=how), F=environ(clear))
+    after = clear.info()
+    assert after["env_updates"] == before["env_updates"] + 1
+    names = [name for name in guest_keys(clear) if name != "BEFORE"]
+    assert names and all(name.startswith("ONE_") for name in names)
+    assert clear.is_set("BEFORE") == (how == ">>")
+
+
+def test_100_variables_are_one_update_of_the_guest(clear):
     before = clear.info()
     write(environ(clear), "".join(f"ONE_{n}={n}\n" for n in range(100)))
     after = clear.info()
     assert after["env_updates"] == before["env_updates"] + 1
     assert clear.value("ONE_99") == b"99"
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash", "busybox", "zsh", "ksh"])
+def test_nobody_sees_half_of_what_a_shell_writes_line_by_line(clear, shell):
+    write(environ(clear), "A=0\nB=0\n")
+    lines = 'i=1; while [ $i -lt 15 ]; do {{ echo A=$i; echo B=$i; }} {} "$F" || exit; i=$((i+1)); done'
+    with Reader(clear, '[ "$A" = "$B" ] && echo same', "same"):
+        sh(lines.format(">"), shell, F=environ(clear))
+        sh(lines.format(">>"), shell, F=environ(clear))
+    write(environ(clear), "A=0\n")
+    with Reader(clear, '[ -n "$A$B" ] && [ -z "$A" -o -z "$B" ] && echo one', "one"):
+        sh('i=1; while [ $i -lt 15 ]; do echo A=$i > "$F" && echo B=$i > "$F" || exit; i=$((i+1)); done', shell, F=environ(clear))
+
+
+WRITES_AND_KILLS = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | int(sys.argv[3]))
+os.write(fd, b"A=new\\nC=new\\n")
+os.kill(int(sys.argv[2]), 9)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+@pytest.mark.parametrize("flags", [os.O_TRUNC, os.O_APPEND], ids=["replace", "merge"])
+def test_what_was_acknowledged_survives_a_daemon_that_is_killed_before_the_close(sshd, daemon, state, flags):
+    """A shell does not look at what close() says."""
+    server = sshd()
+    one = daemon(server.options())
+    vm = one.boot("box")
+    write(vm / "environ", "A=old\nB=old\n")
+    write(vm / "status", state + "\n")
+    done = subprocess.run([sys.executable, "-c", WRITES_AND_KILLS, vm / "environ", str(one.pid), str(flags)], timeout=30)
+    assert done.returncode == 0
+    one.wait_end()
+    one.unmount()
+    one.start()
+    wait_for(lambda: vm.status() == state, "it is as it was", 20)
+    expected = {"A": "new", "B": "old", "C": "new"}
+    wait_for(lambda: keys(vm) == sorted(expected), "what was promised", 5)
+    assert {name: read(vm.env(name)).rstrip("\n") for name in keys(vm)} == expected
+    write(vm.env("A"), "newest\n")
+    one.kill()
+    one.start()
+    write(vm / "status", "running\n")
+    assert [line for line in read(server.env_file).splitlines() if not line.startswith("#")] == [
+        "export A='newest'",
+        "export B='old'",
+        "export C='new'",
+    ]
+
+
+@pytest.mark.parametrize("flags", [os.O_TRUNC, os.O_APPEND], ids=["replace", "merge"])
+def test_a_line_is_there_soon_if_the_file_is_kept_open(clear, flags):
+    write(environ(clear), "OLD=1\n")
+    fd = os.open(environ(clear), os.O_WRONLY | flags)
+    try:
+        os.write(fd, b"NEW=1\n")
+        # No process is started, whose end of the descriptor would be closed, which is a FLUSH.
+        wait_for(lambda: keys(clear) == ["NEW", "OLD"], "the first line", 5)
+        os.write(fd, b"LAST=1\n")
+    finally:
+        os.close(fd)
+    assert clear.value("NEW") == clear.value("LAST") == b"1"
+    assert clear.is_set("OLD") == (flags == os.O_APPEND)
 
 
 # --- what is accepted ---

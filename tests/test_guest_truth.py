@@ -407,6 +407,21 @@ def test_variables_outlive_stop_start_and_the_death_of_the_daemon(daemon):
 
 
 @pytest.mark.deadline(200)
+def test_lines_of_others_outlive_a_daemon_that_dies_while_the_vm_is_stopped(daemon):
+    one = daemon()
+    vm = one.boot("a")
+    vm.ssh(f"printf '%s\\n' 'umask 027' 'export GUESTS=theirs' >> {ENV_FILE}")
+    wait_for(lambda: "GUESTS" in keys(vm), "the guest's variable", SOON)
+    vm.close()
+    write(vm / "status", "stopped\n")
+    one.kill()
+    one.start()
+    assert keys(vm) == ["GUESTS"]
+    write(vm / "status", "running\n")
+    assert b"umask 027\n" in guest_file(vm) and vm.value("GUESTS") == b"theirs"
+
+
+@pytest.mark.deadline(200)
 def test_what_is_written_while_it_boots_is_there_before_the_first_login(daemon):
     one = daemon()
     os.mkdir(one.vm("a"))

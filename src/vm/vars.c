@@ -301,6 +301,8 @@ int vars_learn(struct vars *vars, const char *text, size_t length, bool merge) {
     vars_clear(seen);
     free(seen);
     vars_project(vars);
+    if (reading.differs && !vars->attached)
+        vars->owned = true; /* somebody has changed them in the guest: that is to last, too */
     if (reading.differs)
         vm_save(vars->vm);
     return r;
