@@ -2,10 +2,12 @@
 
 import os
 import shlex
+import signal
+import time
 
 import pytest
 
-from harness import Client, read, read_bytes, refused, sh, wait_for, write
+from harness import Client, read, read_bytes, refused, sh, takes_at_most, wait_for, write
 from tools_env import ENV_FILE, clean_env, guest_file, guest_keys, keys, sourced, plain_text
 
 SOON = 1.5  # "within a second", and the polling of a busy test machine
@@ -57,6 +59,40 @@ def test_a_change_in_the_guest_shows_within_a_second(clear, name):
     for key, value in wanted.items():
         assert clear.value(key) == value[:-1].encode()
     clear.ssh(f"rm -f {ENV_FILE} /tmp/real.sh /tmp/stamp")
+
+
+FIRST_LOOKS = {
+    "cat": 'cat "$D/env/GUESTS"',
+    "ls": 'ls "$D/env" | grep -x GUESTS',
+    "find": 'test -n "$(find "$D/env" -name GUESTS)"',
+    "test": 'test -e "$D/env/GUESTS"',
+    "environ": 'grep GUESTS "$D/environ"',
+}
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("what", FIRST_LOOKS)
+def test_who_looks_for_the_first_time_sees_what_the_guest_has(sshd, daemon, what):
+    """Nobody has looked at the variables before, so nothing was read again and again."""
+    server = sshd()
+    one = daemon(server.options())
+    vm = one.boot("box")
+    running = time.monotonic()
+    with open(server.env_file, "a", encoding="ascii") as f:
+        f.write("export GUESTS='theirs'\n")
+    wait_for(lambda: time.monotonic() - running > 1, "what was learned at the start is old", 5)
+    sh(FIRST_LOOKS[what], D=vm.path)
+
+
+def test_who_looks_at_a_guest_that_does_not_answer_is_told_what_is_known(new_vm):
+    vm = new_vm("silent")
+    write(vm / "environ", "KNOWN=x\n")
+    vm.close()
+    os.kill(vm.qemu(), signal.SIGSTOP)
+    with takes_at_most(2, "all of it"):
+        assert sh('ls "$D/env"', D=vm.path).stdout == b"KNOWN\n"
+        assert sh('ls "$D/env/KNOWN" "$D/env/NOPE"', D=vm.path, check=False).stdout.endswith(b"/KNOWN\n")
+    os.kill(vm.qemu(), signal.SIGCONT)
 
 
 def test_cat_alone_shows_it(clear):

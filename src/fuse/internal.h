@@ -60,6 +60,8 @@ struct fuse_request {
 struct fuse_request *fuse_request_new(struct fuse_channel *channel, fuse_req_t req);
 
 void fuse_request_free(struct fuse_request *r);
+/* Frees it, and leaves the kernel's request to the caller, who has to answer it. */
+fuse_req_t fuse_request_take(struct request *rq);
 /* Gives up a parked request. */
 void fuse_request_cancel(struct fuse_request *r, int status);
 /* A parked request that was let go of is to be answered as `req`. */
@@ -86,6 +88,14 @@ bool removal_holds_lookup(struct fuse_channel *channel, fuse_req_t req, struct n
 bool removal_knows(struct fuse_channel *channel, fuse_req_t req, const struct node *dir,
                    const char *name, struct node **ret_node);
 void removals_free_all(struct fuse_channel *channel);
+
+/* Has this LOOKUP of an unknown name, or this OPENDIR (`name`: NULL), to wait for news of the
+ * directory? Then it has been taken, and goes on with the functions below. */
+bool fresh_holds(struct fuse_channel *channel, fuse_req_t req, struct node *dir, const char *name,
+                 const struct fuse_file_info *file);
+/* Answer from what is known. */
+void ops_lookup_now(fuse_req_t req, struct node *dir, const char *name);
+void ops_opendir_now(fuse_req_t req, struct node *dir, struct fuse_file_info *file);
 
 /* Gives up every parked request. */
 void fuse_requests_cancel_all(struct fuse_channel *channel, int status);

@@ -49,21 +49,17 @@ static void ops_init(void *userdata, struct fuse_conn_info *conn) {
         channel->ready(channel->daemon);
 }
 
-static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
+static void ops_answer_lookup(fuse_req_t req, struct node *dir, const char *name, bool may_wait) {
     struct fuse_channel *channel = ops_channel(req);
     struct node *node;
-    if (!ops_name_fits(req, name))
-        return;
-    struct node *dir = ops_node(req, parent);
-    if (!dir)
-        return;
-    channel->daemon->requests++;
     int r = -ERR_NOT_A_DIRECTORY;
     bool known = removal_knows(channel, req, dir, name, &node);
     if (known)
         r = node ? 0 : -ERR_NOT_FOUND;
     else if (dir->ops->lookup)
         r = dir->ops->lookup(dir, name, &node);
+    if (r == -ERR_NOT_FOUND && !known && may_wait && fresh_holds(channel, req, dir, name, NULL))
+        return;
     if (r < 0) {
         fuse_reply_err(req, error_to_user(r));
         return;
@@ -81,6 +77,18 @@ static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
     }
     if (fuse_reply_entry(req, &entry) < 0)
         inode_forget(channel, node, 1);
+}
+
+void ops_lookup_now(fuse_req_t req, struct node *dir, const char *name) {
+    ops_answer_lookup(req, dir, name, false);
+}
+
+static void ops_lookup(fuse_req_t req, fuse_ino_t parent, const char *name) {
+    struct node *dir = ops_name_fits(req, name) ? ops_node(req, parent) : NULL;
+    if (!dir)
+        return;
+    ops_channel(req)->daemon->requests++;
+    ops_answer_lookup(req, dir, name, true);
 }
 
 static void ops_forget_one(struct fuse_channel *channel, fuse_ino_t id, uint64_t lookups) {
@@ -362,16 +370,12 @@ static int ops_dir_start(const struct node *node, struct node_list *list) {
     return r < 0 ? r : node_list_add(list, "..", S_IFDIR, above.st.st_ino);
 }
 
-static void ops_opendir(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file) {
-    struct node *node = ops_node(req, id);
-    if (!node)
-        return;
+void ops_opendir_now(fuse_req_t req, struct node *node, struct fuse_file_info *file) {
     struct ops_dir *dir = calloc(1, sizeof *dir);
     if (!dir) {
         fuse_reply_err(req, ENOMEM);
         return;
     }
-    ops_channel(req)->daemon->requests++;
     int r = -ERR_NOT_A_DIRECTORY;
     if (node->ops->list)
         r = ops_dir_start(node, &dir->list);
@@ -388,6 +392,15 @@ static void ops_opendir(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *fi
     file->fh = (uint64_t)(uintptr_t)dir;
     if (fuse_reply_open(req, file) < 0)
         ops_dir_free(dir);
+}
+
+static void ops_opendir(fuse_req_t req, fuse_ino_t id, struct fuse_file_info *file) {
+    struct node *node = ops_node(req, id);
+    if (!node)
+        return;
+    ops_channel(req)->daemon->requests++;
+    if (!fresh_holds(ops_channel(req), req, node, NULL, file))
+        ops_opendir_now(req, node, file);
 }
 
 /* One name of a listing, with its attributes when `plus`. Returns the bytes it takes, or more than

@@ -28,7 +28,7 @@ void fuse_request_free(struct fuse_request *r) {
     free(r);
 }
 
-static fuse_req_t fuse_request_take(struct request *rq) {
+fuse_req_t fuse_request_take(struct request *rq) {
     struct fuse_request *r = (struct fuse_request *)rq;
     fuse_req_t req = r->req;
     fuse_request_free(r);

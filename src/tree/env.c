@@ -23,16 +23,22 @@ static void env_stat(const struct node *node, struct node_stat *ret_stat) {
 static int env_lookup(struct node *dir, const char *name, struct node **ret_node) {
     if (dir->vm->gone)
         return -ERR_NOT_FOUND;
-    vars_touch(dir->vm->vars);
     struct scratch *scratch = scratch_find(dir->vm->env_scratch, name);
     if (!scratch && !vars_find(dir->vm->vars, name))
-        return -ERR_NOT_FOUND;
+        return -ERR_NOT_FOUND; /* env_refresh() comes */
+    vars_touch(dir->vm->vars);
     struct node *node =
         scratch ? scratch_node(dir, scratch) : node_child(dir, name, &env_key_ops, NULL, dir->vm);
     if (!node)
         return -ERR_NO_MEMORY;
     *ret_node = node;
     return 0;
+}
+
+static int env_refresh(struct node *dir, struct vm_wait *wait) {
+    int r = vars_refresh_look(dir->vm->vars, wait);
+    vars_touch(dir->vm->vars);
+    return r;
 }
 
 static int env_list(struct node *dir, struct node_list *list) {
@@ -177,6 +183,7 @@ static void env_setattr(struct node *node, struct handle *handle, const struct s
 const struct node_ops env_ops = {
     .stat = env_stat,
     .lookup = env_lookup,
+    .refresh = env_refresh,
     .list = env_list,
     .create = env_create,
     .mkdir = env_mkdir,

@@ -49,12 +49,17 @@ struct node_list {
     size_t count, cap;
 };
 
+struct vm_wait;
+
 struct node_ops {
     void (*stat)(const struct node *node, struct node_stat *ret_stat);
 
     /* Directories. lookup() never waits; it returns a new reference. */
     int (*lookup)(struct node *dir, const char *name, struct node **ret_node);
     int (*list)(struct node *dir, struct node_list *list);
+    /* For what may change elsewhere, when a name is not found and before list(). 0: `wait` is told
+     * when what is known is new again; else it is new enough. NULL: it always is. */
+    int (*refresh)(struct node *dir, struct vm_wait *wait);
     void (*create)(struct node *dir, const char *name, int flags, mode_t mode, struct request *rq);
     void (*mkdir)(struct node *dir, const char *name, mode_t mode, struct request *rq);
     void (*rmdir)(struct node *dir, const char *name, struct request *rq);

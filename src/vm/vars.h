@@ -150,6 +150,10 @@ void vars_abandon(struct vars *vars, const char *name);
  * is told when it is; else -ERR_…. */
 int vars_refresh(struct vars *vars, struct vm_wait *wait);
 
+/* The same for who only looks which variables there are. What has been looked at lately is learned
+ * again and again, and is new enough. */
+int vars_refresh_look(struct vars *vars, struct vm_wait *wait);
+
 /* For a new boot: the guest's file as it goes into the boot; remembers what went in. Nothing when
  * the variables are still those of the image, whatever they are. */
 int vars_inject(struct vars *vars, struct buf *out);

@@ -164,6 +164,15 @@ static bool vars_are_fresh(const struct vars *vars, unsigned ms) {
     return vars->flight || (vars->learned && uv_now(vars->vm->daemon->loop) - vars->learned < ms);
 }
 
+static int vars_wait_fresh(struct vars *vars, struct vm_wait *wait) {
+    if (vars->vm->state != VM_RUNNING || vars_are_fresh(vars, VAR_FRESH_MS))
+        return 1;
+    int r = vars->refreshing ? 0 : vars_read(vars);
+    if (r == 0)
+        list_append(&vars->refresh_waits, &wait->link);
+    return r;
+}
+
 int vars_refresh(struct vars *vars, struct vm_wait *wait) {
     struct vm *vm = vars->vm;
     if (vm->gone)
@@ -171,12 +180,7 @@ int vars_refresh(struct vars *vars, struct vm_wait *wait) {
     vm_use(vm);
     if (vm->state == VM_UNREACHABLE)
         return vm_check_running(vm);
-    if (vm->state != VM_RUNNING || vars_are_fresh(vars, VAR_FRESH_MS))
-        return 1;
-    int r = vars->refreshing ? 0 : vars_read(vars);
-    if (r == 0)
-        list_append(&vars->refresh_waits, &wait->link);
-    return r;
+    return vars_wait_fresh(vars, wait);
 }
 
 static void vars_poll(uv_timer_t *timer) {
@@ -194,6 +198,12 @@ static void vars_poll(uv_timer_t *timer) {
 
 bool vars_are_looked_at(const struct vars *vars) {
     return vars->used && uv_now(vars->vm->daemon->loop) - vars->used <= VARS_LOOKED_MS;
+}
+
+int vars_refresh_look(struct vars *vars, struct vm_wait *wait) {
+    const struct vm *vm = vars->vm;
+    bool polled = vars_are_looked_at(vars) && vm->daemon->looked_at <= VARS_POLLED;
+    return polled || vm->gone ? 1 : vars_wait_fresh(vars, wait);
 }
 
 void vars_seal_soon(struct vars *vars) {
