@@ -441,6 +441,55 @@ def test_a_cut_is_an_error_and_no_short_file(vm, job):
     assert "output_max" in vm.error()
 
 
+# Two of them use sendfile(2), in which the kernel takes an error for the end of the file.
+COPIES = {
+    "cat": 'cat "$J/stdout" > "$T"',
+    "cp": 'cp "$J/stdout" "$T"',
+    "install": 'install -m 644 "$J/stdout" "$T"',
+    "dd": 'dd if="$J/stdout" of="$T" status=none',
+    "rsync": 'rsync --inplace "$J/stdout" "$T"',
+    "busybox cat": 'busybox cat "$J/stdout" > "$T"',
+    "busybox cp": 'busybox cp "$J/stdout" "$T"',
+    "busybox dd": 'busybox dd if="$J/stdout" of="$T" 2>&1',
+    "shutil": "python3 -c 'import os, shutil; shutil.copyfile(os.environ[\"J\"] + \"/stdout\", os.environ[\"T\"])'",
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_no_tool_takes_a_cut_for_the_end(vm, job, tmp_path, how):
+    write(job / "output_max", "64K\n")
+    job.start("head -c 200000 /dev/zero")
+    assert job.exit() == "0"
+    done = sh(COPIES[how], J=job.path, T=str(tmp_path / "copy"), check=False)
+    assert done.returncode != 0, done
+
+
+@pytest.mark.parametrize("how", [name for name in COPIES if name not in ("rsync", "cp", "install")])
+def test_a_reader_that_uses_sendfile_follows_a_running_job(vm, job, tmp_path, how):
+    job.start("for i in 1 2 3 4 5; do echo $i; usleep 200000; done; head -c 70000 /dev/zero")
+    sh(COPIES[how], J=job.path, T=str(tmp_path / "copy"))
+    assert read_bytes(tmp_path / "copy") == b"1\n2\n3\n4\n5\n" + bytes(70000)
+    assert job.exit() == "0"
+    sh(COPIES[how], J=job.path, T=str(tmp_path / "again"))
+    assert read_bytes(tmp_path / "again") == b"1\n2\n3\n4\n5\n" + bytes(70000)
+
+
+@pytest.mark.parametrize("cat", ["cat", "busybox cat"])
+def test_exit_can_be_read_by_every_cat(vm, job, cat):
+    job.start("sleep 1; exit 107")
+    assert sh(f'{cat} "$J/exit"', J=job.path).stdout == b"107\n"
+    assert sh(f'{cat} "$J/exit"', J=job.path).stdout == b"107\n"
+
+
+def test_exec_can_be_followed_by_every_cat(vm):
+    vm.ssh("rm -f /tmp/begun")
+    script = 'echo "touch /tmp/begun; echo a; sleep 2; echo b" > "$F"'
+    with Client(script, env={"F": str(vm / "exec"), "PATH": os.environ["PATH"]}) as client:
+        vm.ssh("while ! [ -e /tmp/begun ]; do usleep 10000; done")
+        assert sh('busybox cat "$F"', F=vm / "exec").stdout == b"a\nb\n"
+        assert client.result(10)[0] == 0
+
+
 def test_with_overflow_wait_the_reader_holds_the_command_back(vm, job):
     write(job / "output_max", "64K\n")
     write(job / "overflow", "wait\n")

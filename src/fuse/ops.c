@@ -262,7 +262,10 @@ static void ops_read(fuse_req_t req, fuse_ino_t id, size_t size, off_t offset,
     struct fuse_request *r = fuse_request_new(ops_channel(req), req);
     (void)id;
     handle->flags = (handle->flags & ~O_NONBLOCK) | (file->flags & O_NONBLOCK);
-    if (r && handle->ops->read)
+    if (r && handle->uncached &&
+        file->lock_owner == 0) /* Linux, fs/fuse/file.c: fuse_send_read() */
+        request_answer(&r->rq, -ERR_INVALID);
+    else if (r && handle->ops->read)
         handle->ops->read(handle, size, offset, &r->rq);
     else if (r)
         request_answer(&r->rq, -ERR_INVALID);

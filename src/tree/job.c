@@ -44,17 +44,22 @@ static void job_handle_wake(struct vm_wait *wait, int status) {
         h->handle.wake(&h->handle);
 }
 
-void job_handle_open(struct node *node, int flags, struct request *rq) {
+void job_handle_open_as(struct node *node, int flags, bool uncached, struct request *rq) {
     struct job_handle *h = calloc(1, sizeof *h);
     if (!h) {
         request_answer(rq, -ERR_NO_MEMORY);
         return;
     }
     handle_init(&h->handle, node, flags);
+    h->handle.uncached = uncached;
     h->job = job_ref(job_of(node));
     list_init(&h->polled.link);
     h->polled.done = job_handle_wake;
     request_answer_opened(rq, &h->handle);
+}
+
+void job_handle_open(struct node *node, int flags, struct request *rq) {
+    job_handle_open_as(node, flags, false, rq);
 }
 
 void job_handle_free(struct job_handle *h) {

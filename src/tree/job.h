@@ -39,6 +39,8 @@ struct job_handle {
 };
 
 void job_handle_open(struct node *node, int flags, struct request *rq);
+/* `uncached`: see struct handle. */
+void job_handle_open_as(struct node *node, int flags, bool uncached, struct request *rq);
 void job_handle_release(struct handle *handle);
 void job_handle_free(struct job_handle *h);
 

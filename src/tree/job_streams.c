@@ -21,6 +21,19 @@ static struct spool *stream_spool(const struct node *node) {
     return strcmp(node->row->name, "stderr") == 0 ? &command->err : &command->out;
 }
 
+/* The kernel may have asked for the size before the end. */
+#define STREAM_SETTLED_S 2
+
+static void stream_open(struct node *node, int flags, struct request *rq) {
+    const struct job *job = job_of(node);
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    const struct spool *spool = stream_spool(node);
+    bool whole = spool && output_size(job->command, spool) == (off_t)spool->end;
+    job_handle_open_as(node, flags, !whole || now.tv_sec - job->changed.tv_sec < STREAM_SETTLED_S,
+                       rq);
+}
+
 static void stream_stat(const struct node *node, struct node_stat *ret_stat) {
     const struct spool *spool = stream_spool(node);
     job_stat_init(node, ret_stat);
@@ -55,7 +68,7 @@ static unsigned stream_poll(struct handle *handle) {
 
 const struct node_ops job_stream_ops = {
     .stat = stream_stat,
-    .open = job_handle_open,
+    .open = stream_open,
     .read = stream_read,
     .poll = stream_poll,
     .release = job_handle_release,
@@ -70,7 +83,11 @@ static void exit_stat(const struct node *node, struct node_stat *ret_stat) {
     job_stat_init(node, ret_stat);
     if (job_has_ended(job))
         job_print_exit(job, &text);
-    ret_stat->st.st_size = (off_t)text.len;
+    ret_stat->st.st_size = text.len ? (off_t)text.len : 1; /* see output_size() */
+}
+
+static void exit_open(struct node *node, int flags, struct request *rq) {
+    job_handle_open_as(node, flags, true, rq);
 }
 
 static bool exit_answer(struct job_read *read) {
@@ -94,7 +111,7 @@ static unsigned exit_poll(struct handle *handle) {
 
 const struct node_ops job_exit_ops = {
     .stat = exit_stat,
-    .open = job_handle_open,
+    .open = exit_open,
     .read = exit_read,
     .poll = exit_poll,
     .release = job_handle_release,

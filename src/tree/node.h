@@ -28,6 +28,10 @@ struct node_stat {
 
 /* One open of a node. Kinds that keep more than this embed it as their first member. */
 struct handle {
+    /* A READ of the kernel for its page cache (of sendfile(2), splice(2) or mmap(2)) is refused, at
+     * which programs take to read(2): the page cache ends where stat says that the file ends, and
+     * takes an error for that end. */
+    bool uncached;
     struct node *node; /* a reference */
     const struct node_ops
         *ops;         /* of the node when it was opened: a rename may make it another kind */

@@ -9,8 +9,9 @@
 
 off_t output_size(const struct command *command, const struct spool *spool) {
     if (!command)
-        return 0;
-    return (off_t)spool->end + (spool->cut || command->end == COMMAND_LOST);
+        return 1;
+    return (off_t)spool->end +
+           (spool->cut || command->end == COMMAND_RUNNING || command->end == COMMAND_LOST);
 }
 
 bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,
