@@ -7,11 +7,18 @@
 
 #define OUTPUT_READ_MAX (1024 * 1024)
 
+/* What stands where the output should end. */
+static int output_error(const struct command *command) {
+    return command->end == COMMAND_LOST      ? -ERR_COMMAND_LOST
+           : command->end == COMMAND_REFUSED ? command->error
+                                             : 0;
+}
+
 off_t output_size(const struct command *command, const struct spool *spool) {
     if (!command)
         return 1;
     return (off_t)spool->end +
-           (spool->cut || command->end == COMMAND_RUNNING || command->end == COMMAND_LOST);
+           (spool->cut || command->end == COMMAND_RUNNING || output_error(command) < 0);
 }
 
 bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,
@@ -19,8 +26,8 @@ bool output_answer_read(struct command *command, struct spool *spool, uint64_t *
     if (*position >= spool->end && !spool->cut) {
         if (command->end == COMMAND_RUNNING)
             return false;
-        if (command->end == COMMAND_LOST)
-            request_answer(rq, -ERR_COMMAND_LOST);
+        if (output_error(command) < 0)
+            request_answer(rq, output_error(command));
         else
             request_answer_data(rq, "", 0);
         return true;

@@ -16,6 +16,7 @@ off_t output_size(const struct command *command, const struct spool *spool);
 
 /* Answers a READ of `length` bytes at *position of `spool` (the command's own), and moves the
  * position on. False, and no answer: nothing has come yet, and more may. At the end of a command
- * that was lost the answer is -ERR_COMMAND_LOST, where output is missing -ERR_CUT. */
+ * that was lost the answer is -ERR_COMMAND_LOST, of one that did not run why not, and where output
+ * is missing -ERR_CUT. */
 bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,
                         size_t length, struct request *rq);
