@@ -48,24 +48,17 @@ static struct program *program_of(struct daemon *d) {
     return LIST_OWNER(d, struct program, daemon);
 }
 
-/* From here on stderr is the log file. */
+/* From here on nobody reads stderr. */
 static void program_detach(struct program *p) {
     cleanup_buf struct buf path = {0};
-    buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
-    int log = path.failed
-                  ? -1
-                  : open(path.data, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (null >= 0) {
-        dup2(null, STDIN_FILENO);
-        dup2(null, STDOUT_FILENO);
-    }
-    if (log >= 0 || null >= 0)
-        dup2(log >= 0 ? log : null, STDERR_FILENO);
-    if (log >= 0)
-        close(log);
-    if (null >= 0)
+    for (int fd = STDIN_FILENO; null >= 0 && fd <= STDERR_FILENO; fd++)
+        dup2(null, fd);
+    if (null > STDERR_FILENO)
         close(null);
+    buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
+    if (!path.failed)
+        log_detach(path.data);
 }
 
 static void program_notify(const char *state) {
@@ -205,6 +198,7 @@ static void program_free(struct program *p) {
     free(p->backend);
     if (p->daemon.loop && uv_loop_close(&p->loop) < 0)
         log_error("handles of the loop are left open");
+    log_end();
     uv_library_shutdown();
 }
 
@@ -281,7 +275,7 @@ int main(int argc, char **argv) {
         printf("vmsfs %s\n", VMSFS_VERSION);
         status = EXIT_SUCCESS;
     } else if (ok) {
-        log_set_level(options.debug ? LOG_DEBUG : LOG_INFO);
+        log_start(options.log_level);
         umask(077);
         if (program_prepare(p, &options)) {
             status = options.foreground ? -1 : program_fork(p);

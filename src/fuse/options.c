@@ -26,7 +26,7 @@
 /* As they were given. Numbers are checked afterwards, as a whole; what new VMs start with at once.
  */
 struct raw_options {
-    char *state, *images, *timeout, *scratch_timeout, *output_max;
+    char *state, *images, *timeout, *scratch_timeout, *output_max, *log_level;
     struct vm_config config;
     bool backend_given;
     int ephemeral, foreground, debug, help, version;
@@ -45,6 +45,7 @@ static const struct fuse_opt option_table[] = {
     TEXT(timeout),
     TEXT(scratch_timeout),
     TEXT(output_max),
+    TEXT(log_level),
     FLAG("ephemeral", ephemeral),
     FLAG("-f", foreground),
     FLAG("-d", debug),
@@ -57,13 +58,15 @@ static const struct fuse_opt option_table[] = {
 };
 
 void options_print_help(void) {
-    printf("usage: vmsfs [SOURCE] MOUNTPOINT [-o OPTION,…]\n"
+    printf("usage: vmsfs [SOURCE] MOUNTPOINT [-f] [-d] [-o OPTION,…]\n"
+           "       vmsfs doctor [--json] [-o OPTION,…]\n"
            "\n"
            "Shows virtual machines as directories: mkdir boots one, files in it set its\n"
-           "environment variables, run commands and tell how it is.\n"
+           "environment variables, run commands and tell how it is. doctor looks for what\n"
+           "keeps that from working here, and says what to do about it.\n"
            "\n"
            "    -f                   stay in the foreground, log to stderr\n"
-           "    -d, -o debug         the same, with every request\n"
+           "    -d, -o debug         the same, with all that there is to log: every request\n"
            "    -h, --help           this text\n"
            "    -V, --version        the version\n"
            "    -o state=DIR         where VMs are recorded (/var/lib/vmsfs for root, else\n"
@@ -73,6 +76,7 @@ void options_print_help(void) {
            "    -o scratch_timeout=S how long temporary files of tools live unused (%d)\n"
            "    -o output_max=BYTES  how much of a command's output is kept (1G)\n"
            "    -o ephemeral         destroy all VMs at unmount\n"
+           "    -o log_level=LEVEL   what is logged: error, warning, info, debug (info)\n"
            "\n"
            "What new VMs start with, each to be changed in ID/config/:\n",
            DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);
@@ -265,22 +269,29 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
 }
 
 static void raw_free(struct raw_options *raw) {
-    char *all[] = {raw->state,      raw->images,       raw->timeout,     raw->scratch_timeout,
-                   raw->output_max, raw->arguments[0], raw->arguments[1]};
+    char *all[] = {raw->state,      raw->images,    raw->timeout,      raw->scratch_timeout,
+                   raw->output_max, raw->log_level, raw->arguments[0], raw->arguments[1]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     config_free(&raw->config);
 }
 
 /* What `mount` and df show as the device. A comma would end the option. */
-static void add_fuse_options(struct fuse_args *args, const char *source, bool debug) {
+static void add_fuse_options(struct fuse_args *args, const char *source) {
     cleanup_free char *name = NULL;
     if (asprintf(&name, "-ofsname=%s", source && !strpbrk(source, ",\\") ? source : "vmsfs") >= 0)
         fuse_opt_add_arg(args, name);
     fuse_opt_add_arg(args, "-osubtype=vmsfs");
     fuse_opt_add_arg(args, "-odefault_permissions");
-    if (debug)
-        fuse_opt_add_arg(args, "-odebug");
+}
+
+static bool options_take_log_level(const struct raw_options *raw, enum log_level *ret_level) {
+    *ret_level = raw->debug ? LOG_LEVEL_DEBUG : LOG_LEVEL_INFO;
+    if (!raw->log_level || log_level_find(raw->log_level, ret_level))
+        return true;
+    fprintf(stderr, "vmsfs: -o log_level=%s: takes error, warning, info or debug\n",
+            raw->log_level);
+    return false;
 }
 
 bool options_parse(int argc, char **argv, struct options *ret_options) {
@@ -292,8 +303,8 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
               options_take_environment(&raw);
     options.help = raw.help;
     options.version = raw.version;
-    options.debug = raw.debug;
     options.foreground = raw.foreground || raw.debug;
+    ok = ok && options_take_log_level(&raw, &options.log_level);
     if (ok && !raw.help && !raw.version) {
         if (raw.count == 0) {
             fprintf(stderr, "vmsfs: no mount point\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n");
@@ -303,7 +314,7 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
         }
     }
     if (ok)
-        add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL, raw.debug);
+        add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL);
     else
         fuse_opt_free_args(&args);
     options.fuse_argc = ok ? args.argc : 0;
