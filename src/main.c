@@ -11,6 +11,7 @@
 #include <unistd.h>
 #include <uv.h>
 
+#include "doctor/doctor.h"
 #include "fuse/channel.h"
 #include "fuse/options.h"
 #include "tree/node.h"
@@ -246,17 +247,26 @@ static int program_fork(struct program *p) {
     return -1;
 }
 
-static bool program_prepare(struct program *p, struct options *options) {
+/* Names the options that nobody knows. */
+static bool program_open_channel(struct program *p, struct options *options) {
     struct node *root = node_root_new(&p->daemon);
-    /* Names the options that nobody knows: before what they would have changed is looked for. */
     p->channel =
         root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
-    if (!p->channel) {
-        if (root)
-            node_unref(root);
-        return false;
-    }
-    return options_check(options, &p->backend);
+    if (!p->channel && root)
+        node_unref(root);
+    return p->channel;
+}
+
+static int program_mount(struct program *p, struct options *options) {
+    log_start(options->log_level);
+    umask(077);
+    /* First: before what unknown options would have changed is looked for. */
+    if (!program_open_channel(p, options) || !options_check(options, &p->backend))
+        return EXIT_FAILURE;
+    int status = options->foreground ? -1 : program_fork(p);
+    if (status < 0)
+        status = chdir("/") < 0 ? EXIT_FAILURE : program_run(p);
+    return status;
 }
 
 int main(int argc, char **argv) {
@@ -274,14 +284,11 @@ int main(int argc, char **argv) {
     } else if (ok && options.version) {
         printf("vmsfs %s\n", VMSFS_VERSION);
         status = EXIT_SUCCESS;
+    } else if (options.doctor) {
+        bool known = ok && program_open_channel(p, &options);
+        status = known ? doctor_run(&options) : DOCTOR_USAGE;
     } else if (ok) {
-        log_start(options.log_level);
-        umask(077);
-        if (program_prepare(p, &options)) {
-            status = options.foreground ? -1 : program_fork(p);
-            if (status < 0)
-                status = chdir("/") < 0 ? EXIT_FAILURE : program_run(p);
-        }
+        status = program_mount(p, &options);
     }
     program_free(p);
     options_free_arguments(&options);

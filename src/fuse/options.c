@@ -1,7 +1,6 @@
 #include "fuse/options.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <fuse_opt.h>
 #include <mntent.h>
 #include <stddef.h>
@@ -12,6 +11,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "fuse/device.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/fs.h"
@@ -29,7 +29,8 @@ struct raw_options {
     char *state, *images, *timeout, *scratch_timeout, *output_max, *log_level;
     struct vm_config config;
     bool backend_given;
-    int ephemeral, foreground, debug, help, version;
+    int ephemeral, foreground, debug, help, version, json;
+    bool doctor, others;
     char *arguments[2];
     int count;
     bool failed;
@@ -54,6 +55,7 @@ static const struct fuse_opt option_table[] = {
     FLAG("--help", help),
     FLAG("-V", version),
     FLAG("--version", version),
+    FLAG("--json", json),
     FUSE_OPT_END,
 };
 
@@ -141,6 +143,7 @@ static int option_other(void *data, const char *arg, int key, struct fuse_args *
         int r = arg[0] == '-' ? -ERR_NOT_FOUND : option_setting(raw, arg);
         if (r != -ERR_NOT_FOUND)
             return r < 0 ? -1 : 0;
+        raw->others |= strcmp(arg, "allow_other") == 0 || strcmp(arg, "allow_root") == 0;
         /* What is left is libfuse's, which takes options with `-o` only. */
         if (arg[0] == '-') {
             fprintf(stderr, "vmsfs: unknown option %s; vmsfs -h lists them\n", arg);
@@ -246,8 +249,9 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
         return false;
     }
     s->runtime_dir = runtime_dir(s->state_dir);
-    s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
-    if (!s->runtime_dir || !s->mountpoint) {
+    if (raw->count)
+        s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
+    if (!s->runtime_dir || (raw->count && !s->mountpoint)) {
         fprintf(stderr, "vmsfs: out of memory\n");
         return false;
     }
@@ -297,7 +301,11 @@ static bool options_take_log_level(const struct raw_options *raw, enum log_level
 bool options_parse(int argc, char **argv, struct options *ret_options) {
     struct raw_options raw = {0};
     struct options options = {0};
-    struct fuse_args args = FUSE_ARGS_INIT(argc, argv);
+    /* A mount point of this name can be given as ./doctor. */
+    raw.doctor = argc > 1 && strcmp(argv[1], "doctor") == 0;
+    argc -= raw.doctor;
+    char **words = argv + raw.doctor;
+    struct fuse_args args = FUSE_ARGS_INIT(argc, words);
     bool ok = config_init(&raw.config) == 0 &&
               fuse_opt_parse(&args, &raw, option_table, option_other) == 0 && !raw.failed &&
               options_take_environment(&raw);
@@ -305,8 +313,15 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
     options.version = raw.version;
     options.foreground = raw.foreground || raw.debug;
     ok = ok && options_take_log_level(&raw, &options.log_level);
+    if (ok && raw.json && !raw.doctor) {
+        fprintf(stderr, "vmsfs: --json is an option of vmsfs doctor\n");
+        ok = false;
+    }
+    options.doctor = raw.doctor;
+    options.json = raw.json;
+    options.others = raw.others;
     if (ok && !raw.help && !raw.version) {
-        if (raw.count == 0) {
+        if (raw.count == 0 && !raw.doctor) {
             fprintf(stderr, "vmsfs: no mount point\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n");
             ok = false;
         } else {
@@ -381,21 +396,11 @@ static bool check_mountpoint(const char *path) {
     return false;
 }
 
-/* libfuse, or fusermount3 with the rights of its caller, will open it. */
 static bool check_device(void) {
-    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
-    if (fd >= 0) {
-        close(fd);
+    cleanup_free char *found = NULL, *remedy = NULL;
+    if (fuse_device_check(&found, &remedy))
         return true;
-    }
-    if (errno == ENOENT || errno == ENODEV || errno == ENXIO)
-        fprintf(stderr,
-                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
-    else
-        fprintf(stderr,
-                "vmsfs: /dev/fuse cannot be opened: %s: let everybody, as Debian does, with chmod "
-                "666 /dev/fuse; a container has to be given the device\n",
-                strerror(errno));
+    fprintf(stderr, "vmsfs: %s: %s\n", found ? found : "/dev/fuse", remedy ? remedy : "");
     return false;
 }
 

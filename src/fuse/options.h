@@ -10,6 +10,8 @@
 struct options {
     struct settings settings;
     bool foreground, help, version;
+    bool doctor, json; /* `vmsfs doctor`: no mount, and perhaps no mount point */
+    bool others;       /* allow_other or allow_root is asked for */
     enum log_level log_level;
     int fuse_argc; /* for libfuse: its own mount options */
     char **fuse_argv;
