@@ -356,7 +356,7 @@ def test_no_value_is_in_the_log_at_any_level_nor_where_others_can_read(daemon):
     one.kill()
     record = f"{one.state}/vms/a/vm.json"
     with open(record, "w", encoding="utf-8") as f:
-        f.write("{" + secret("a damaged record"))
+        f.write('{"a" "' + secret("a damaged record") + '"')
     one.start()
     assert vm.status() == "failed"
     os.rmdir(vm.path)
