@@ -232,7 +232,8 @@ class Secrets:
         self.all = {}
 
     def new(self, where):
-        return self.all.setdefault(where, f"s3cret{uuid.uuid4().hex}")
+        # Short enough for parsers that quote what they stumble over.
+        return self.all.setdefault(where, f"s3cret{uuid.uuid4().hex[:10]}")
 
     def found_in(self, data):
         data = data if isinstance(data, bytes) else data.encode()
@@ -282,7 +283,7 @@ def use_variables(vm, secret):
     with refused("EINVAL"):
         write(vm.env("NUL"), secret("a NUL") + "\0x")
     with refused("EFBIG"):
-        write(vm.env("LARGE"), secret("too large") * 6000)
+        write(vm.env("LARGE"), secret("too large") * 9000)
     try_to_write(vm / "status", secret("status"))
     os.rename(vm.env("A"), vm.env("MOVED"))
     assert vm.value("MOVED") == secret("environ").encode()
