@@ -22,6 +22,8 @@
 
 #define DEFAULT_TIMEOUT 10
 #define DEFAULT_SCRATCH_TIMEOUT 600
+#define NUMBER_TEXT(number) #number
+#define NUMBER(name) NUMBER_TEXT(name)
 
 /* As they were given. Numbers are checked afterwards, as a whole; what new VMs start with at once.
  */
@@ -59,40 +61,66 @@ static const struct fuse_opt option_table[] = {
     FUSE_OPT_END,
 };
 
+/* Programs read this as well (contrib/completions): an option, blanks, what it does; behind = what
+ * it takes, in capitals, or the words to choose from. */
+#define HELP_COLUMN 30
+static void help_print(const char *option, const char *help) {
+    if (strlen(option) > HELP_COLUMN)
+        printf("    %s\n    %-*s %s\n", option, HELP_COLUMN, "", help);
+    else
+        printf("    %-*s %s\n", HELP_COLUMN, option, help);
+}
+
+static void help_print_setting(const struct config_setting *s) {
+    cleanup_buf struct buf option = {0}, help = {0};
+    buf_printf(&option, "-o %s=", s->name);
+    for (size_t i = 0; s->choices && s->choices[i]; i++)
+        buf_printf(&option, "%s%s", i ? "|" : "", s->choices[i]);
+    if (!s->choices)
+        buf_append_str(&option, config_placeholder(s));
+    buf_printf(&help, "%s (%s)", s->help, s->standard[0] ? s->standard : s->otherwise);
+    if (!option.failed && !help.failed)
+        help_print(option.data, help.data);
+}
+
+static const struct {
+    const char *option, *help;
+} help_options[] = {
+    {"-f", "stay in the foreground, log to stderr"},
+    {"-d, -o debug", "the same, with all that there is to log"},
+    {"-h, --help", "this text"},
+    {"-V, --version", "the version"},
+    {"--json", "doctor: its report as JSON"},
+    {"-o state=DIR", "where VMs are recorded (see below)"},
+    {"-o images=DIR", "look for images here first"},
+    {"-o timeout=S", "longest wait for an answer of a guest (" NUMBER(DEFAULT_TIMEOUT) ")"},
+    {"-o scratch_timeout=S",
+     "how long temporary files of tools live unused (" NUMBER(DEFAULT_SCRATCH_TIMEOUT) ")"},
+    {"-o output_max=BYTES", "how much of a command's output is kept (1G)"},
+    {"-o log_level=error|warning|info|debug", "what is logged; debug: each request, too (info)"},
+    {"-o ephemeral", "destroy all VMs at unmount"},
+};
+
 void options_print_help(void) {
     printf("usage: vmsfs [SOURCE] MOUNTPOINT [-f] [-d] [-o OPTION,…]\n"
-           "       vmsfs doctor [--json] [-o OPTION,…]\n"
+           "       vmsfs doctor [--json] [MOUNTPOINT] [-o OPTION,…]\n"
            "\n"
            "Shows virtual machines as directories: mkdir boots one, files in it set its\n"
-           "environment variables, run commands and tell how it is. doctor looks for what\n"
-           "keeps that from working here, and says what to do about it.\n"
-           "\n"
-           "    -f                   stay in the foreground, log to stderr\n"
-           "    -d, -o debug         the same, with all that there is to log: every request\n"
-           "    -h, --help           this text\n"
-           "    -V, --version        the version\n"
-           "    -o state=DIR         where VMs are recorded (/var/lib/vmsfs for root, else\n"
-           "                         $XDG_STATE_HOME/vmsfs)\n"
-           "    -o images=DIR        look for images here first\n"
-           "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
-           "    -o scratch_timeout=S how long temporary files of tools live unused (%d)\n"
-           "    -o output_max=BYTES  how much of a command's output is kept (1G)\n"
-           "    -o ephemeral         destroy all VMs at unmount\n"
-           "    -o log_level=LEVEL   what is logged: error, warning, info, debug (info)\n"
-           "\n"
-           "What new VMs start with, each to be changed in ID/config/:\n",
-           DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);
-    for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
-        const struct config_setting *s = &config_settings[i];
-        printf("    -o %s=%-*s %s", s->name, 16 - (int)strlen(s->name), config_placeholder(s),
-               s->help);
-        for (size_t c = 0; s->choices && s->choices[c]; c++)
-            printf("%s%s", c ? ", " : ": ", s->choices[c]);
-        printf(" (%s)\n", s->standard[0] ? s->standard : s->otherwise);
-    }
+           "environment variables, run commands and tell how it is. `vmsfs doctor` looks\n"
+           "for what keeps that from working here, and says what to do about it.\n"
+           "\n");
+    for (size_t i = 0; i < sizeof help_options / sizeof *help_options; i++)
+        help_print(help_options[i].option, help_options[i].help);
     printf("\n"
-           "VMSFS_BACKEND is another default for backend=. VMSFS_VERBOSE_BOOT=1 shows the\n"
-           "kernel's messages on the console.\n"
+           "What new VMs start with, each to be changed in ID/config/:\n");
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++)
+        help_print_setting(&config_settings[i]);
+    printf("\n"
+           "The state directory is /var/lib/vmsfs for root, else $XDG_STATE_HOME/vmsfs or\n"
+           "~/.local/state/vmsfs. VMSFS_BACKEND is another default for backend=.\n"
+           "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console. The log is\n"
+           "on stderr in the foreground; else in the system's log, or where there is none\n"
+           "in the file log of the state directory.\n"
            "\n"
            "Options of FUSE (allow_other always comes with default_permissions):\n");
 }
