@@ -61,14 +61,14 @@ static const struct fuse_opt option_table[] = {
     FUSE_OPT_END,
 };
 
-/* Programs read this as well (contrib/completions): an option, blanks, what it does; behind = what
- * it takes, in capitals, or the words to choose from. */
-#define HELP_COLUMN 30
+/* Programs read this as well (contrib/completions): an option, two blanks or a line's end, what it
+ * does; behind = what it takes, in capitals, or the words to choose from. */
+#define HELP_COLUMN 29
 static void help_print(const char *option, const char *help) {
     if (strlen(option) > HELP_COLUMN)
-        printf("    %s\n    %-*s %s\n", option, HELP_COLUMN, "", help);
+        printf("    %s\n    %-*s  %s\n", option, HELP_COLUMN, "", help);
     else
-        printf("    %-*s %s\n", HELP_COLUMN, option, help);
+        printf("    %-*s  %s\n", HELP_COLUMN, option, help);
 }
 
 static void help_print_setting(const struct config_setting *s) {
