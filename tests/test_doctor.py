@@ -290,6 +290,21 @@ def test_a_user_who_may_not_is_told(tmp_path):
     assert of("allow_other", commented).one("allow_other")["status"] == "failed"
 
 
+def test_the_mount_of_somebody_else_is_not_asked(daemon, tmp_path):
+    one = daemon()
+    os.chmod(tmp_path, 0o755)
+    program = shutil.copy(VMSFS, tmp_path / "vmsfs")
+    done = subprocess.run(
+        [*NOBODY, program, "doctor", "--json", "-o", f"state={tmp_path}/state"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    found = Report(done).one("mount", one.mount)
+    assert found["status"] == "ok" and found["found"] == f"{one.mount} is the mount of user 0, who alone can look at it"
+
+
 def test_a_missing_fusermount3_is_told(state):
     found = report(state, before=in_namespace("mount --bind /dev/null /usr/bin/fusermount3")).one("fusermount3")
     assert found["status"] == "warning" and found["remedy"] == "apt install fuse3"

@@ -164,8 +164,13 @@ def test_the_journal_is_given_priorities_and_no_time(daemon, tmp_path):
 
 
 def test_a_stderr_that_is_not_the_journals_stream_is_read_by_people(daemon):
-    one = daemon(env={"JOURNAL_STREAM": "1:1"})
-    assert lines(read(one.log))
+    one = daemon(start=False)
+    st = os.stat(one.path)  # of the same file system
+    for stream in ("1:1", f"{st.st_dev}:{st.st_ino}", f"{st.st_dev}", ""):
+        one.env = {"JOURNAL_STREAM": stream}
+        one.start()
+        one.stop()
+        assert lines(read(one.log))
 
 
 def test_the_background_tells_the_systems_log(daemon, syslog):

@@ -56,18 +56,18 @@ _vmsfs_values() { # NAME KIND TYPED OPTIONS
 
 # The list behind -o, of which the last item is not complete.
 _vmsfs_list() { # VMSFS PREFIX
-    local prefix=$2 done= item help name kind value
+    local prefix=$2 given='' item help name kind value
     item=${_vmsfs_typed#"$prefix"}
-    case $item in *,*) done=${item%,*}, item=${item##*,} ;; esac
+    case $item in *,*) given=${item%,*}, item=${item##*,} ;; esac
     help=$(LC_ALL=C "$1" --help 2>/dev/null | sed -n 's/^ *\(-[a-z], \)\{0,1\}-o \([^ ]*\).*/\2/p')
-    while IFS== read -r name kind; do
-        case ,$done in *",$name="* | *",$name,"*) continue ;; esac
+    while IFS='=' read -r name kind; do
+        case ,$given in *",$name="* | *",$name,"*) continue ;; esac
         if [ "${item%%=*}" = "$name" ] && [ "$item" != "$name" ]; then
             while IFS= read -r value; do
-                printf '%s\n' "$prefix$done$name=$value"
-            done < <(_vmsfs_values "$name" "$kind" "${item#*=}" "$done")
+                printf '%s\n' "$prefix$given$name=$value"
+            done < <(_vmsfs_values "$name" "$kind" "${item#*=}" "$given")
         else
-            printf '%s\n' "$prefix$done$name${kind:+=}"
+            printf '%s\n' "$prefix$given$name${kind:+=}"
         fi
     done <<<"$help"
 }
@@ -84,7 +84,7 @@ _vmsfs() {
         _vmsfs_offer < <(_vmsfs_list "$1" -o)
     elif [[ $_vmsfs_typed == -* ]]; then
         _vmsfs_offer < <(LC_ALL=C "$1" --help 2>/dev/null |
-            sed -n 's/^    \(-.*\)/\1/p' | tr ', ' '\n\n' | grep -xE -e '-[a-z]|-[A-Z]|--[a-z]+' | sort -u)
+            sed -n 's/^    \(-.*\)/\1/p' | tr -s ', ' '\n' | grep -xE -e '-[a-z]|-[A-Z]|--[a-z]+' | sort -u)
     else
         compopt -o filenames
         _vmsfs_offer < <(compgen -d -- "$_vmsfs_typed")
