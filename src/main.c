@@ -11,6 +11,7 @@
 #include <unistd.h>
 #include <uv.h>
 
+#include "doctor/doctor.h"
 #include "fuse/channel.h"
 #include "fuse/options.h"
 #include "tree/node.h"
@@ -48,24 +49,17 @@ static struct program *program_of(struct daemon *d) {
     return LIST_OWNER(d, struct program, daemon);
 }
 
-/* From here on stderr is the log file. */
+/* From here on nobody reads stderr. */
 static void program_detach(struct program *p) {
     cleanup_buf struct buf path = {0};
-    buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
-    int log = path.failed
-                  ? -1
-                  : open(path.data, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (null >= 0) {
-        dup2(null, STDIN_FILENO);
-        dup2(null, STDOUT_FILENO);
-    }
-    if (log >= 0 || null >= 0)
-        dup2(log >= 0 ? log : null, STDERR_FILENO);
-    if (log >= 0)
-        close(log);
-    if (null >= 0)
+    for (int fd = STDIN_FILENO; null >= 0 && fd <= STDERR_FILENO; fd++)
+        dup2(null, fd);
+    if (null > STDERR_FILENO)
         close(null);
+    buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
+    if (!path.failed)
+        log_detach(path.data);
 }
 
 static void program_notify(const char *state) {
@@ -205,6 +199,7 @@ static void program_free(struct program *p) {
     free(p->backend);
     if (p->daemon.loop && uv_loop_close(&p->loop) < 0)
         log_error("handles of the loop are left open");
+    log_end();
     uv_library_shutdown();
 }
 
@@ -252,17 +247,26 @@ static int program_fork(struct program *p) {
     return -1;
 }
 
-static bool program_prepare(struct program *p, struct options *options) {
+/* Names the options that nobody knows. */
+static bool program_open_channel(struct program *p, struct options *options) {
     struct node *root = node_root_new(&p->daemon);
-    /* Names the options that nobody knows: before what they would have changed is looked for. */
     p->channel =
         root ? fuse_channel_new(&p->daemon, options->fuse_argc, options->fuse_argv, root) : NULL;
-    if (!p->channel) {
-        if (root)
-            node_unref(root);
-        return false;
-    }
-    return options_check(options, &p->backend);
+    if (!p->channel && root)
+        node_unref(root);
+    return p->channel;
+}
+
+static int program_mount(struct program *p, struct options *options) {
+    log_start(options->log_level);
+    umask(077);
+    /* First: before what unknown options would have changed is looked for. */
+    if (!program_open_channel(p, options) || !options_check(options, &p->backend))
+        return EXIT_FAILURE;
+    int status = options->foreground ? -1 : program_fork(p);
+    if (status < 0)
+        status = chdir("/") < 0 ? EXIT_FAILURE : program_run(p);
+    return status;
 }
 
 int main(int argc, char **argv) {
@@ -280,14 +284,11 @@ int main(int argc, char **argv) {
     } else if (ok && options.version) {
         printf("vmsfs %s\n", VMSFS_VERSION);
         status = EXIT_SUCCESS;
+    } else if (options.doctor) {
+        bool known = ok && program_open_channel(p, &options);
+        status = known ? doctor_run(&options) : DOCTOR_USAGE;
     } else if (ok) {
-        log_set_level(options.debug ? LOG_DEBUG : LOG_INFO);
-        umask(077);
-        if (program_prepare(p, &options)) {
-            status = options.foreground ? -1 : program_fork(p);
-            if (status < 0)
-                status = chdir("/") < 0 ? EXIT_FAILURE : program_run(p);
-        }
+        status = program_mount(p, &options);
     }
     program_free(p);
     options_free_arguments(&options);

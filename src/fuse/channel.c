@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "fuse/internal.h"
-#include "util/buf.h"
+#include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/log.h"
 #include "vm/daemon.h"
@@ -52,13 +52,28 @@ static void fuse_channel_readable(uv_poll_t *poll, int status, int events) {
     }
 }
 
-/* What libfuse has said about the options; its log function is given nothing of ours. */
+/* What libfuse has said about the options. */
 static struct buf channel_said;
 
 static __attribute__((format(printf, 2, 0))) void channel_listen(enum fuse_log_level level,
                                                                  const char *format, va_list args) {
     (void)level;
     buf_vprintf(&channel_said, format, args);
+}
+
+/* What it says later is for the log: the starting process has no stderr to it any more. */
+static __attribute__((format(printf, 2, 0))) void channel_log(enum fuse_log_level level,
+                                                              const char *format, va_list args) {
+    cleanup_buf struct buf text = {0};
+    buf_vprintf(&text, format, args);
+    size_t length = text.len;
+    while (length && text.data[length - 1] == '\n')
+        length--;
+    if (length)
+        log_write(level <= FUSE_LOG_ERR       ? LOG_LEVEL_ERROR
+                  : level <= FUSE_LOG_WARNING ? LOG_LEVEL_WARNING
+                                              : LOG_LEVEL_DEBUG,
+                  "%.*s", (int)length, text.data);
 }
 
 /* It names what it does not know or cannot read; where to look is for us to say. */
@@ -80,6 +95,7 @@ struct fuse_channel *fuse_channel_new(struct daemon *d, int argc, char **argv, s
     list_init(&channel->removals);
     list_init(&channel->handles);
     list_init(&channel->dirs);
+    list_init(&channel->traces);
     channel->last_inode = FUSE_ROOT_ID;
     fuse_set_log_func(channel_listen);
     channel->session = fuse_session_new(&args, &fuse_channel_ops, sizeof fuse_channel_ops, channel);
@@ -104,11 +120,14 @@ int fuse_channel_mount(struct fuse_channel *channel, const char *mountpoint,
     channel->ended = ended;
     if (fuse_session_mount(channel->session, mountpoint) != 0)
         return -ERR_IO;
+    fuse_set_log_func(channel_log);
     int fd = fuse_session_fd(channel->session);
     int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
         return -errno;
-    int r = uv_poll_init(loop, &channel->poll, fd);
+    int r = trace_start(channel);
+    if (r == 0)
+        r = uv_poll_init(loop, &channel->poll, fd);
     if (r < 0)
         return r;
     channel->poll.data = channel;
@@ -141,6 +160,7 @@ void fuse_channel_unmount(struct fuse_channel *channel) {
 void fuse_channel_free(struct fuse_channel *channel) {
     if (!channel)
         return;
+    trace_free_all(channel);
     inode_forget_all(channel);
     fuse_session_destroy(channel->session);
     free(channel->buffer.mem);

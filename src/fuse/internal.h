@@ -26,6 +26,7 @@ struct fuse_channel {
     uint64_t vain_at;       /* uv_now() */
     struct list handles;    /* of handle: open files */
     struct list dirs;       /* of ops_dir: open directories */
+    struct list traces;     /* of trace; empty unless requests are logged */
     struct inode_index inodes;
     uint64_t last_inode;
     bool mounted;
@@ -113,5 +114,10 @@ void node_to_entry(const struct node *node, struct fuse_entry_param *ret_entry);
 
 /* What is still open when the file system is unmounted has no RELEASE to come. */
 void handles_release_all(struct fuse_channel *channel);
+
+/* Has each request of the mounted session logged in one line, when it is answered, if the log's
+ * level asks for it. */
+int trace_start(struct fuse_channel *channel);
+void trace_free_all(struct fuse_channel *channel);
 
 extern const struct fuse_lowlevel_ops fuse_channel_ops;

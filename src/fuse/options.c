@@ -1,7 +1,6 @@
 #include "fuse/options.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <fuse_opt.h>
 #include <mntent.h>
 #include <stddef.h>
@@ -12,6 +11,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "fuse/device.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/fs.h"
@@ -22,14 +22,17 @@
 
 #define DEFAULT_TIMEOUT 10
 #define DEFAULT_SCRATCH_TIMEOUT 600
+#define NUMBER_TEXT(number) #number
+#define NUMBER(name) NUMBER_TEXT(name)
 
 /* As they were given. Numbers are checked afterwards, as a whole; what new VMs start with at once.
  */
 struct raw_options {
-    char *state, *images, *timeout, *scratch_timeout, *output_max;
+    char *state, *images, *timeout, *scratch_timeout, *output_max, *log_level;
     struct vm_config config;
     bool backend_given;
-    int ephemeral, foreground, debug, help, version;
+    int ephemeral, foreground, debug, help, version, json;
+    bool doctor, others;
     char *arguments[2];
     int count;
     bool failed;
@@ -45,6 +48,7 @@ static const struct fuse_opt option_table[] = {
     TEXT(timeout),
     TEXT(scratch_timeout),
     TEXT(output_max),
+    TEXT(log_level),
     FLAG("ephemeral", ephemeral),
     FLAG("-f", foreground),
     FLAG("-d", debug),
@@ -53,40 +57,70 @@ static const struct fuse_opt option_table[] = {
     FLAG("--help", help),
     FLAG("-V", version),
     FLAG("--version", version),
+    FLAG("--json", json),
     FUSE_OPT_END,
 };
 
+/* Programs read this as well (contrib/completions): an option, two blanks or a line's end, what it
+ * does; behind = what it takes, in capitals, or the words to choose from. */
+#define HELP_COLUMN 29
+static void help_print(const char *option, const char *help) {
+    if (strlen(option) > HELP_COLUMN)
+        printf("    %s\n    %-*s  %s\n", option, HELP_COLUMN, "", help);
+    else
+        printf("    %-*s  %s\n", HELP_COLUMN, option, help);
+}
+
+static void help_print_setting(const struct config_setting *s) {
+    cleanup_buf struct buf option = {0}, help = {0};
+    buf_printf(&option, "-o %s=", s->name);
+    for (size_t i = 0; s->choices && s->choices[i]; i++)
+        buf_printf(&option, "%s%s", i ? "|" : "", s->choices[i]);
+    if (!s->choices)
+        buf_append_str(&option, config_placeholder(s));
+    buf_printf(&help, "%s (%s)", s->help, s->standard[0] ? s->standard : s->otherwise);
+    if (!option.failed && !help.failed)
+        help_print(option.data, help.data);
+}
+
+static const struct {
+    const char *option, *help;
+} help_options[] = {
+    {"-f", "stay in the foreground, log to stderr"},
+    {"-d, -o debug", "the same, with all that there is to log"},
+    {"-h, --help", "this text"},
+    {"-V, --version", "the version"},
+    {"--json", "doctor: its report as JSON"},
+    {"-o state=DIR", "where VMs are recorded (see below)"},
+    {"-o images=DIR", "look for images here first"},
+    {"-o timeout=S", "longest wait for an answer of a guest (" NUMBER(DEFAULT_TIMEOUT) ")"},
+    {"-o scratch_timeout=S",
+     "how long temporary files of tools live unused (" NUMBER(DEFAULT_SCRATCH_TIMEOUT) ")"},
+    {"-o output_max=BYTES", "how much of a command's output is kept (1G)"},
+    {"-o log_level=error|warning|info|debug", "what is logged; debug: each request, too (info)"},
+    {"-o ephemeral", "destroy all VMs at unmount"},
+};
+
 void options_print_help(void) {
-    printf("usage: vmsfs [SOURCE] MOUNTPOINT [-o OPTION,…]\n"
+    printf("usage: vmsfs [SOURCE] MOUNTPOINT [-f] [-d] [-o OPTION,…]\n"
+           "       vmsfs doctor [--json] [MOUNTPOINT] [-o OPTION,…]\n"
            "\n"
            "Shows virtual machines as directories: mkdir boots one, files in it set its\n"
-           "environment variables, run commands and tell how it is.\n"
-           "\n"
-           "    -f                   stay in the foreground, log to stderr\n"
-           "    -d, -o debug         the same, with every request\n"
-           "    -h, --help           this text\n"
-           "    -V, --version        the version\n"
-           "    -o state=DIR         where VMs are recorded (/var/lib/vmsfs for root, else\n"
-           "                         $XDG_STATE_HOME/vmsfs)\n"
-           "    -o images=DIR        look for images here first\n"
-           "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
-           "    -o scratch_timeout=S how long temporary files of tools live unused (%d)\n"
-           "    -o output_max=BYTES  how much of a command's output is kept (1G)\n"
-           "    -o ephemeral         destroy all VMs at unmount\n"
-           "\n"
-           "What new VMs start with, each to be changed in ID/config/:\n",
-           DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);
-    for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
-        const struct config_setting *s = &config_settings[i];
-        printf("    -o %s=%-*s %s", s->name, 16 - (int)strlen(s->name), config_placeholder(s),
-               s->help);
-        for (size_t c = 0; s->choices && s->choices[c]; c++)
-            printf("%s%s", c ? ", " : ": ", s->choices[c]);
-        printf(" (%s)\n", s->standard[0] ? s->standard : s->otherwise);
-    }
+           "environment variables, run commands and tell how it is. `vmsfs doctor` looks\n"
+           "for what keeps that from working here, and says what to do about it.\n"
+           "\n");
+    for (size_t i = 0; i < sizeof help_options / sizeof *help_options; i++)
+        help_print(help_options[i].option, help_options[i].help);
     printf("\n"
-           "VMSFS_BACKEND is another default for backend=. VMSFS_VERBOSE_BOOT=1 shows the\n"
-           "kernel's messages on the console.\n"
+           "What new VMs start with, each to be changed in ID/config/:\n");
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++)
+        help_print_setting(&config_settings[i]);
+    printf("\n"
+           "The state directory is /var/lib/vmsfs for root, else $XDG_STATE_HOME/vmsfs or\n"
+           "~/.local/state/vmsfs. VMSFS_BACKEND is another default for backend=.\n"
+           "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console. The log is\n"
+           "on stderr in the foreground; else in the system's log, or where there is none\n"
+           "in the file log of the state directory.\n"
            "\n"
            "Options of FUSE (allow_other always comes with default_permissions):\n");
 }
@@ -137,6 +171,7 @@ static int option_other(void *data, const char *arg, int key, struct fuse_args *
         int r = arg[0] == '-' ? -ERR_NOT_FOUND : option_setting(raw, arg);
         if (r != -ERR_NOT_FOUND)
             return r < 0 ? -1 : 0;
+        raw->others |= strcmp(arg, "allow_other") == 0 || strcmp(arg, "allow_root") == 0;
         /* What is left is libfuse's, which takes options with `-o` only. */
         if (arg[0] == '-') {
             fprintf(stderr, "vmsfs: unknown option %s; vmsfs -h lists them\n", arg);
@@ -242,8 +277,9 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
         return false;
     }
     s->runtime_dir = runtime_dir(s->state_dir);
-    s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
-    if (!s->runtime_dir || !s->mountpoint) {
+    if (raw->count)
+        s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
+    if (!s->runtime_dir || (raw->count && !s->mountpoint)) {
         fprintf(stderr, "vmsfs: out of memory\n");
         return false;
     }
@@ -265,37 +301,55 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
 }
 
 static void raw_free(struct raw_options *raw) {
-    char *all[] = {raw->state,      raw->images,       raw->timeout,     raw->scratch_timeout,
-                   raw->output_max, raw->arguments[0], raw->arguments[1]};
+    char *all[] = {raw->state,      raw->images,    raw->timeout,      raw->scratch_timeout,
+                   raw->output_max, raw->log_level, raw->arguments[0], raw->arguments[1]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     config_free(&raw->config);
 }
 
 /* What `mount` and df show as the device. A comma would end the option. */
-static void add_fuse_options(struct fuse_args *args, const char *source, bool debug) {
+static void add_fuse_options(struct fuse_args *args, const char *source) {
     cleanup_free char *name = NULL;
     if (asprintf(&name, "-ofsname=%s", source && !strpbrk(source, ",\\") ? source : "vmsfs") >= 0)
         fuse_opt_add_arg(args, name);
     fuse_opt_add_arg(args, "-osubtype=vmsfs");
     fuse_opt_add_arg(args, "-odefault_permissions");
-    if (debug)
-        fuse_opt_add_arg(args, "-odebug");
+}
+
+static bool options_take_log_level(const struct raw_options *raw, enum log_level *ret_level) {
+    *ret_level = raw->debug ? LOG_LEVEL_DEBUG : LOG_LEVEL_INFO;
+    if (!raw->log_level || log_level_find(raw->log_level, ret_level))
+        return true;
+    fprintf(stderr, "vmsfs: -o log_level=%s: takes error, warning, info or debug\n",
+            raw->log_level);
+    return false;
 }
 
 bool options_parse(int argc, char **argv, struct options *ret_options) {
     struct raw_options raw = {0};
     struct options options = {0};
-    struct fuse_args args = FUSE_ARGS_INIT(argc, argv);
+    /* A mount point of this name can be given as ./doctor. */
+    raw.doctor = argc > 1 && strcmp(argv[1], "doctor") == 0;
+    argc -= raw.doctor;
+    char **words = argv + raw.doctor;
+    struct fuse_args args = FUSE_ARGS_INIT(argc, words);
     bool ok = config_init(&raw.config) == 0 &&
               fuse_opt_parse(&args, &raw, option_table, option_other) == 0 && !raw.failed &&
               options_take_environment(&raw);
     options.help = raw.help;
     options.version = raw.version;
-    options.debug = raw.debug;
     options.foreground = raw.foreground || raw.debug;
+    ok = ok && options_take_log_level(&raw, &options.log_level);
+    if (ok && raw.json && !raw.doctor) {
+        fprintf(stderr, "vmsfs: --json is an option of vmsfs doctor\n");
+        ok = false;
+    }
+    options.doctor = raw.doctor;
+    options.json = raw.json;
+    options.others = raw.others;
     if (ok && !raw.help && !raw.version) {
-        if (raw.count == 0) {
+        if (raw.count == 0 && !raw.doctor) {
             fprintf(stderr, "vmsfs: no mount point\nusage: vmsfs [SOURCE] MOUNTPOINT [-o …]\n");
             ok = false;
         } else {
@@ -303,7 +357,7 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
         }
     }
     if (ok)
-        add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL, raw.debug);
+        add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL);
     else
         fuse_opt_free_args(&args);
     options.fuse_argc = ok ? args.argc : 0;
@@ -370,21 +424,11 @@ static bool check_mountpoint(const char *path) {
     return false;
 }
 
-/* libfuse, or fusermount3 with the rights of its caller, will open it. */
 static bool check_device(void) {
-    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
-    if (fd >= 0) {
-        close(fd);
+    cleanup_free char *found = NULL, *remedy = NULL;
+    if (fuse_device_check(&found, &remedy))
         return true;
-    }
-    if (errno == ENOENT || errno == ENODEV || errno == ENXIO)
-        fprintf(stderr,
-                "vmsfs: there is no /dev/fuse: load the kernel's module with modprobe fuse\n");
-    else
-        fprintf(stderr,
-                "vmsfs: /dev/fuse cannot be opened: %s: let everybody, as Debian does, with chmod "
-                "666 /dev/fuse; a container has to be given the device\n",
-                strerror(errno));
+    fprintf(stderr, "vmsfs: %s: %s\n", found ? found : "/dev/fuse", remedy ? remedy : "");
     return false;
 }
 

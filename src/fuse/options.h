@@ -2,13 +2,17 @@
 
 #include <stdbool.h>
 
+#include "util/log.h"
 #include "vm/daemon.h"
 
 /* The command line. It is read with <fuse_opt.h>, so it lives here. */
 
 struct options {
     struct settings settings;
-    bool foreground, debug, help, version;
+    bool foreground, help, version;
+    bool doctor, json; /* `vmsfs doctor`: no mount, and perhaps no mount point */
+    bool others;       /* allow_other or allow_root is asked for */
+    enum log_level log_level;
     int fuse_argc; /* for libfuse: its own mount options */
     char **fuse_argv;
 };

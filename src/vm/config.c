@@ -222,7 +222,7 @@ static const struct {
     [CONFIG_SECONDS] = {"S", true, number_is_valid, seconds_explain},
     [CONFIG_CHOICE] = {"WORD", false, choice_is_valid, choice_explain},
     [CONFIG_PATH] = {"PATH", false, path_is_valid, path_explain},
-    [CONFIG_HOST_PATH] = {"PATH", false, host_path_is_valid, host_path_explain},
+    [CONFIG_HOST_PATH] = {"FILE", false, host_path_is_valid, host_path_explain},
     [CONFIG_HOST_NAME] = {"HOST", false, host_is_valid, host_explain},
     [CONFIG_USER_NAME] = {"NAME", false, user_is_valid, user_explain},
     [CONFIG_CPU_MODEL] = {"MODEL", false, cpu_is_valid, cpu_explain},

@@ -3,6 +3,7 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "util/log.h"
 #include "vm/disk.h"
 #include "vm/machine.h"
 #include "vm/vm.h"
@@ -85,6 +86,15 @@ static int vm_change(struct vm *vm, const struct config_setting *setting, struct
     return 0;
 }
 
+/* It quotes what was written. */
+static int vm_refuse_value(struct vm *vm, const char *name, const char *where, const char *why) {
+    struct buf text = {0};
+    buf_printf(&text, "%s%s", where, why);
+    log_warn("%s: config/%s: what was written is not accepted", vm->id, name);
+    vm_set_error(vm, &text);
+    return -ERR_INVALID;
+}
+
 int vm_configure(struct vm *vm, const char *name, const char *text, size_t length,
                  struct vm_wait *wait) {
     struct vm_config config;
@@ -100,7 +110,7 @@ int vm_configure(struct vm *vm, const char *name, const char *text, size_t lengt
     else if (r > 0 && (r = vm_check_change(vm, config_find(name))) == 0)
         r = config.disk == vm->config.disk ? 0 : disk_check(vm, config.disk);
     else if (why)
-        r = vm_fail(vm, -ERR_INVALID, r == -ERR_NOT_FOUND ? "config: %s" : "config/%s", why);
+        r = vm_refuse_value(vm, name, r == -ERR_NOT_FOUND ? "config: " : "config/", why);
     if (r == 0)
         r = vm_change(vm, config_find(name), &config, wait);
     config_free(&config);

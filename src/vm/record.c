@@ -229,8 +229,8 @@ static void record_configure(struct vm *vm, const json_t *saved) {
     cleanup_free char *why = NULL;
     int r = saved ? config_load(&vm->config, saved, &why) : 0;
     if (r < 0)
-        vm_fail(vm, r, "%s: its recorded configuration is wrong: %s, which it has now", vm->id,
-                why ? why : error_text(r));
+        vm_fail_quoting(vm, r, why ? why : error_text(r),
+                        "%s: a setting in its record is wrong and at its default now: ", vm->id);
 }
 
 /* The defaults are the mount's options, but for what was written over them: where the record says
@@ -320,13 +320,18 @@ struct vm *vm_load(struct daemon *d, const char *dir) {
         explicit_bzero(text.data, text.len);
     const char *id = record_text(record, "id");
     json_int_t number = json_integer_value(json_object_get(record, "number"));
+    const char *fault = "it names none";
     struct vm *vm = NULL;
     if (json_integer_value(json_object_get(record, "version")) != RECORD_VERSION)
-        snprintf(error.text, sizeof error.text, "it is of another version of vmsfs");
+        fault = "it is of another version of vmsfs";
     else if (id && vm_id_is_valid(id) && number > 0 && number < UINT32_MAX)
         vm = vm_new(d, id, (uint64_t)number, dir);
     if (!vm) {
-        log_error("%s is no record of a VM (%s); it is put aside", path, error.text);
+        if (record)
+            log_error("%s is no record of a VM (%s); it is put aside", path, fault);
+        else /* the parser's own words quote what is there: values */
+            log_error("%s is no record of a VM (not JSON, at line %d, column %d); it is put aside",
+                      path, error.line, error.column);
         json_decref(record);
         return NULL;
     }

@@ -26,14 +26,19 @@ int vars_explain(struct vars *vars, const char *doing, int status, const char *o
             doing, path);
     bool full = memmem(output, length, "No space", 8);
     bool denied = memmem(output, length, "Permission denied", 17);
-    return vm_fail(vars->vm,
-                   full     ? -ERR_NO_ROOM
-                   : denied ? -ERR_DENIED
-                            : -ERR_IO,
-                   "%s %s in the guest failed: %.*s; the variables are unchanged%s%s%s", doing,
-                   path, words > 200 ? 200 : (int)words, output,
-                   denied ? ". Name a file in config/env_file that " : "",
-                   denied ? vars->vm->user : "", denied ? " may write" : "");
+    cleanup_free char *said = strndup(output, words > 200 ? 200 : words);
+    return vm_fail_quoting(
+        vars->vm,
+        full     ? -ERR_NO_ROOM
+        : denied ? -ERR_DENIED
+                 : -ERR_IO,
+        said ? said : "",
+        "%s %s in the guest failed%s; the variables are unchanged%s%s%s. It said: ", doing, path,
+        full     ? " for want of room"
+        : denied ? " for want of permission"
+                 : "",
+        denied ? ". Name a file in config/env_file that " : "", denied ? vars->vm->user : "",
+        denied ? " may write" : "");
 }
 
 static void vars_end_attach(struct vars *vars, int status) {

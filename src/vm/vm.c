@@ -91,14 +91,28 @@ void vm_set_error(struct vm *vm, struct buf *text) {
     clock_gettime(CLOCK_REALTIME, &vm->error_time);
 }
 
-int vm_fail(struct vm *vm, int status, const char *format, ...) {
+static __attribute__((format(printf, 3, 0))) void vm_fail_list(struct vm *vm, const char *quote,
+                                                               const char *format, va_list args) {
     struct buf text = {0};
+    buf_vprintf(&text, format, args);
+    log_warn("%s: %s", vm->id, text.failed ? "out of memory" : text.data);
+    buf_append_str(&text, quote);
+    vm_set_error(vm, &text);
+}
+
+int vm_fail(struct vm *vm, int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    buf_vprintf(&text, format, args);
+    vm_fail_list(vm, "", format, args);
     va_end(args);
-    log_warn("%s: %s", vm->id, text.failed ? "out of memory" : text.data);
-    vm_set_error(vm, &text);
+    return status;
+}
+
+int vm_fail_quoting(struct vm *vm, int status, const char *quote, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vm_fail_list(vm, quote, format, args);
+    va_end(args);
     return status;
 }
 
@@ -319,8 +333,9 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
             if (powered_off)
                 console_last_words(vm, &words);
             if (was == VM_BOOTING)
-                vm_fail(vm, -ERR_GONE, "%s did not boot: %s%s%s; see its console", vm->id, why,
-                        words.len ? ", and said: " : "", words.len ? words.data : "");
+                vm_fail_quoting(vm, -ERR_GONE, words.len ? words.data : "",
+                                "%s did not boot: %s; see its console%s", vm->id, why,
+                                words.len ? ". It said: " : "");
             else
                 vm_fail(vm, -ERR_GONE, "%s has ended: %s; `echo running > status` starts it again",
                         vm->id, why);

@@ -184,7 +184,11 @@ void vm_unref(struct vm *vm);
  */
 int vm_fail(struct vm *vm, int status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
-/* The same without the log, for what may hold secrets; takes the text over. */
+/* The same, and `error` alone has `quote` at the end: words of a guest or of a user, which may hold
+ * what is no business of the log. */
+int vm_fail_quoting(struct vm *vm, int status, const char *quote, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+/* Leaves it in `error` alone, taking the text over. */
 void vm_set_error(struct vm *vm, struct buf *text);
 
 /* The guest was heard from, or is not answering: from control and commands. */

@@ -104,7 +104,7 @@ static void process_on_poll(uv_poll_t *poll, int status, int events) {
     p->exited(p->arg, how);
 }
 
-void process_kill_strays(const char *text) {
+void process_each(const char *text, process_visit *visit, void *arg) {
     DIR *proc = opendir("/proc");
     struct stat st;
     if (!proc)
@@ -112,18 +112,34 @@ void process_kill_strays(const char *text) {
     for (struct dirent *entry; (entry = readdir(proc));) {
         char path[sizeof entry->d_name + 32], line[16384];
         pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
-        if (pid <= 1 || pid == getpid() || fstatat(dirfd(proc), entry->d_name, &st, 0) < 0 ||
-            st.st_uid != geteuid())
+        if (pid <= 1 || pid == getpid() || fstatat(dirfd(proc), entry->d_name, &st, 0) < 0)
             continue;
         snprintf(path, sizeof path, "/proc/%s/cmdline", entry->d_name);
-        cleanup_close int pidfd = pidfd_open(pid, 0);
         ssize_t length = file_read_start(path, line, sizeof line);
-        if (pidfd < 0 || length <= 0 || !memmem(line, (size_t)length, text, strlen(text)))
-            continue;
-        log_warn("process %d was left behind by a daemon that was killed: it is ended", (int)pid);
-        pidfd_send_signal(pidfd, SIGKILL, NULL, 0);
+        if (length > 0 && memmem(line, (size_t)length, text, strlen(text)))
+            visit(arg, pid, st.st_uid, line, (size_t)length);
     }
     closedir(proc);
+}
+
+static void process_kill_stray(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
+    const char *text = arg;
+    char path[64], again[16384];
+    (void)line, (void)length;
+    if (owner != geteuid())
+        return;
+    /* The number may be another's by now: it is looked at again with a hold on it. */
+    cleanup_close int pidfd = pidfd_open(pid, 0);
+    snprintf(path, sizeof path, "/proc/%d/cmdline", (int)pid);
+    ssize_t n = pidfd < 0 ? -1 : file_read_start(path, again, sizeof again);
+    if (n <= 0 || !memmem(again, (size_t)n, text, strlen(text)))
+        return;
+    log_warn("process %d was left behind by a daemon that was killed: it is ended", (int)pid);
+    pidfd_send_signal(pidfd, SIGKILL, NULL, 0);
+}
+
+void process_kill_strays(const char *text) {
+    process_each(text, process_kill_stray, (void *)(uintptr_t)text);
 }
 
 static void process_on_closed(uv_handle_t *handle) {

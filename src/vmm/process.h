@@ -42,6 +42,10 @@ pid_t process_pid(const struct process *process);
 /* SIGKILL, also for a stopped process. One that is gone already is no error. */
 void process_kill(struct process *process);
 
+/* Calls `visit` with each process whose command line (its words ended by NULs) holds the text. */
+typedef void process_visit(void *arg, pid_t pid, uid_t owner, const char *line, size_t length);
+void process_each(const char *text, process_visit *visit, void *arg);
+
 /* SIGKILL for every process of this user whose command line holds the text: what a daemon has
  * started that was killed before it could record it. Looks through /proc. */
 void process_kill_strays(const char *text);

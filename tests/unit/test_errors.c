@@ -35,7 +35,7 @@ static void what_is_not_in_the_table_becomes_eio(void) {
 }
 
 int main(void) {
-    log_set_level(LOG_ERROR);
+    log_start(LOG_LEVEL_ERROR);
     every_condition_of_the_table_reaches_the_user_as_its_errno();
     no_two_conditions_share_an_errno();
     success_is_zero();
