@@ -348,14 +348,7 @@ static int environ_patch(struct environ_handle *h, const char *data, size_t leng
     if (offset < 0 || offset > ENVIRON_LIMIT || length > ENVIRON_LIMIT ||
         (size_t)offset + length > ENVIRON_LIMIT)
         return -ERR_TOO_LARGE;
-    while (h->content.len < (size_t)offset && !h->content.failed)
-        buf_append_char(&h->content, '\0');
-    size_t over = h->content.len - (size_t)offset;
-    if (over > length)
-        over = length;
-    if (over)
-        memcpy(h->content.data + offset, data, over);
-    buf_append(&h->content, data + over, length - over);
+    buf_patch(&h->content, (size_t)offset, data, length);
     return h->content.failed;
 }
 

@@ -132,14 +132,7 @@ static int setting_patch(struct setting_handle *h, const char *data, size_t leng
     if (offset < 0 || offset > SETTING_LIMIT || length > SETTING_LIMIT - (size_t)offset)
         return vm_fail(h->handle.node->vm, -ERR_TOO_LARGE, "config/%s: that is too long for it",
                        h->handle.node->name);
-    while (h->content.len < (size_t)offset && !h->content.failed)
-        buf_append_char(&h->content, '\0');
-    size_t over = h->content.len - (size_t)offset;
-    if (over > length)
-        over = length;
-    if (over)
-        memcpy(h->content.data + offset, data, over);
-    buf_append(&h->content, data + over, length - over);
+    buf_patch(&h->content, (size_t)offset, data, length);
     return h->content.failed;
 }
 

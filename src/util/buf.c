@@ -38,6 +38,17 @@ void buf_append(struct buf *b, const void *data, size_t len) {
     b->data[b->len] = '\0';
 }
 
+void buf_patch(struct buf *b, size_t at, const void *data, size_t len) {
+    while (b->len < at && !b->failed)
+        buf_append_char(b, '\0');
+    if (b->failed)
+        return;
+    size_t over = b->len - at < len ? b->len - at : len;
+    if (over)
+        memcpy(b->data + at, data, over);
+    buf_append(b, (const char *)data + over, len - over);
+}
+
 void buf_append_str(struct buf *b, const char *s) {
     buf_append(b, s, strlen(s));
 }

@@ -102,8 +102,27 @@ static int vars_check_change(struct vm *vm, const struct var_change *c, struct v
     return 0;
 }
 
+int vars_check_state(struct vars *vars) {
+    switch (vars->vm->state) {
+    case VM_RUNNING:
+    case VM_BOOTING:
+    case VM_STOPPING: /* goes to the disk, for the next boot */
+    case VM_STOPPED:
+    case VM_FAILED:
+        return 0;
+    default:
+        return vm_check_running(vars->vm);
+    }
+}
+
 int vars_check(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
                ssize_t *ret_growth) {
+    if (vars->vm->gone)
+        return -ERR_GONE;
+    vm_use(vars->vm);
+    int state = vars_check_state(vars);
+    if (state < 0)
+        return state;
     ssize_t growth = replace ? -(ssize_t)vars->projected : 0;
     for (size_t i = 0; i < count; i++) {
         const struct var_change *c = &changes[i];
@@ -122,17 +141,4 @@ int vars_check(struct vars *vars, const struct var_change *changes, size_t count
             changes[0].name, VARS_LIMIT);
     *ret_growth = growth;
     return 0;
-}
-
-int vars_check_state(struct vars *vars) {
-    switch (vars->vm->state) {
-    case VM_RUNNING:
-    case VM_BOOTING:
-    case VM_STOPPING: /* goes to the disk, for the next boot */
-    case VM_STOPPED:
-    case VM_FAILED:
-        return 0;
-    default:
-        return vm_check_running(vars->vm);
-    }
 }

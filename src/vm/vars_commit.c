@@ -162,12 +162,7 @@ void vars_saved(struct vars *vars, int status) {
 static int vars_enqueue(struct vars *vars, const struct var_change *changes, size_t count,
                         bool replace, struct vm_wait *wait) {
     ssize_t growth = 0;
-    if (vars->vm->gone)
-        return -ERR_GONE;
-    vm_use(vars->vm);
-    int r = vars_check_state(vars);
-    if (r == 0)
-        r = vars_check(vars, changes, count, replace, &growth);
+    int r = vars_check(vars, changes, count, replace, &growth);
     if (r < 0)
         return r;
     struct vars_commit *commit = vars_commit_new(changes, count);

@@ -172,12 +172,7 @@ static struct vars_promise *promise_new(struct vars *vars, const struct var_chan
 int vars_promise(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
                  struct vm_wait *wait, struct vars_promise **ret_promise) {
     ssize_t growth;
-    if (vars->vm->gone)
-        return -ERR_GONE;
-    vm_use(vars->vm);
-    int r = vars_check_state(vars);
-    if (r == 0)
-        r = vars_check(vars, changes, count, replace, &growth);
+    int r = vars_check(vars, changes, count, replace, &growth);
     if (r < 0)
         return r;
     struct vars_promise *p = promise_new(vars, changes, count);

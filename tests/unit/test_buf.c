@@ -26,6 +26,18 @@ static void what_is_appended_is_there_with_a_nul_behind(void) {
     CHECK(b.len == 9);
 }
 
+static void patching_lays_bytes_over_and_fills_a_gap(void) {
+    cleanup_buf struct buf b = {0};
+    buf_patch(&b, 2, "cd", 2);
+    CHECK(check_same(b.data, b.len, "\0\0cd", 4));
+    buf_patch(&b, 0, "ab", 2);
+    buf_patch(&b, 3, "DEF", 3);
+    CHECK(check_same(b.data, b.len, "abcDEF", 6));
+    buf_patch(&b, 1, "B", 1);
+    buf_patch(&b, 6, "", 0);
+    CHECK(check_same(b.data, b.len, "aBcDEF", 6) && b.data[6] == '\0');
+}
+
 static void it_grows_over_many_sizes(void) {
     cleanup_buf struct buf b = {0};
     for (int i = 0; i < 100000; i++)
@@ -94,6 +106,7 @@ static void a_failure_stays_until_the_buffer_is_cleared(void) {
 int main(void) {
     an_empty_buffer_can_be_freed_cleared_and_consumed();
     what_is_appended_is_there_with_a_nul_behind();
+    patching_lays_bytes_over_and_fills_a_gap();
     it_grows_over_many_sizes();
     long_formatted_text_is_not_cut();
     consuming_drops_from_the_front();
