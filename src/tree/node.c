@@ -181,6 +181,7 @@ void node_set_look(struct look *look, const struct stat *want, unsigned mask) {
 }
 
 void handle_init(struct handle *handle, struct node *node, int flags) {
+    handle->uncached = false;
     handle->node = node_ref(node);
     handle->ops = node->ops;
     handle->flags = flags;
