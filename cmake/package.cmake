@@ -1,0 +1,43 @@
+# The Debian package: `cmake --workflow --preset deb`, or cpack in any build with the prefix /usr.
+
+set(VMSFS_MAINTAINER "vmsfs maintainers <vmsfs@example.org>" CACHE STRING "The package's Maintainer field")
+
+set(CPACK_GENERATOR DEB)
+set(CPACK_PACKAGE_NAME vmsfs)
+set(CPACK_PACKAGE_VERSION ${PROJECT_VERSION})
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "virtual machines as directories, by FUSE")
+set(CPACK_PACKAGE_DESCRIPTION
+"vmsfs is a file system that shows virtual machines as directories. mkdir boots
+a machine, its environment variables are files, what is written to its file
+exec runs in it, and rmdir destroys it. Shell tools, scripts and configuration
+management drive machines without a client or an SDK.
+.
+It runs machines in QEMU, with KVM where there is one, or attaches those that
+have an SSH server. It can be mounted by any user, from /etc/fstab, or by
+systemd.")
+set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
+set(CPACK_STRIP_FILES ON)
+# Whatever the umask of who makes it.
+set(CPACK_INSTALL_DEFAULT_DIRECTORY_PERMISSIONS
+  OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
+set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
+set(CPACK_DEBIAN_PACKAGE_MAINTAINER ${VMSFS_MAINTAINER})
+set(CPACK_DEBIAN_PACKAGE_SECTION admin)
+set(CPACK_DEBIAN_PACKAGE_PRIORITY optional)
+set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
+# fusermount3. Machines that are attached need neither QEMU nor an image; making one takes apt.
+set(CPACK_DEBIAN_PACKAGE_DEPENDS fuse3)
+set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-system-x86, openssh-client, apt")
+set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA
+  ${PROJECT_SOURCE_DIR}/contrib/debian/postinst
+  ${PROJECT_SOURCE_DIR}/contrib/debian/prerm
+  ${PROJECT_SOURCE_DIR}/contrib/debian/postrm)
+set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
+include(CPack)
+
+if(pages AND NOT SCDOC)
+  message(FATAL_ERROR "The package is to have manual pages: install scdoc")
+endif()
+add_compressed(${PROJECT_BINARY_DIR}/changelog.gz ${PROJECT_SOURCE_DIR}/contrib/debian/changelog cat)
+add_custom_target(changelog ALL DEPENDS ${PROJECT_BINARY_DIR}/changelog.gz)
+install(FILES ${PROJECT_BINARY_DIR}/changelog.gz contrib/debian/copyright DESTINATION ${CMAKE_INSTALL_DOCDIR})
