@@ -25,9 +25,9 @@ set(CPACK_DEBIAN_PACKAGE_MAINTAINER ${VMSFS_MAINTAINER})
 set(CPACK_DEBIAN_PACKAGE_SECTION admin)
 set(CPACK_DEBIAN_PACKAGE_PRIORITY optional)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
-# fusermount3. Machines that are attached need neither QEMU nor an image; making one takes apt.
-set(CPACK_DEBIAN_PACKAGE_DEPENDS fuse3)
-set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-system-x86, openssh-client, apt")
+# fusermount3, ssh-keygen. Machines that are attached need neither QEMU nor an image; making one takes apt.
+set(CPACK_DEBIAN_PACKAGE_DEPENDS "fuse3, openssh-client")
+set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-system-x86, apt")
 set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA
   ${PROJECT_SOURCE_DIR}/contrib/debian/postinst
   ${PROJECT_SOURCE_DIR}/contrib/debian/prerm

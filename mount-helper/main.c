@@ -136,9 +136,10 @@ static char *daemon_find(void) {
             say("out of memory");
             return NULL;
         }
-        if (access(path, X_OK) == 0)
-            return path;
+        char *found = access(path, X_OK) == 0 ? realpath(path, NULL) : NULL;
         free(path);
+        if (found)
+            return found;
     }
     say("there is no vmsfs in %s, nor %s from there: it belongs to the same package", folder,
         VMSFS_FROM_HELPER);
