@@ -48,8 +48,10 @@ static struct program *program_of(struct daemon *d) {
     return LIST_OWNER(d, struct program, daemon);
 }
 
-/* From here on stderr is the log file. */
+/* From here on stderr is the log file. Not before there is a mount: until then whoever steps on an
+ * automount point has to wait for us, but for the process group of systemd or automount(8). */
 static void program_detach(struct program *p) {
+    setsid();
     cleanup_buf struct buf path = {0};
     buf_printf(&path, "%s/log", p->daemon.settings.state_dir);
     int log = path.failed
@@ -248,7 +250,6 @@ static int program_fork(struct program *p) {
     }
     close(report[0]);
     p->report = report[1];
-    setsid();
     return -1;
 }
 
