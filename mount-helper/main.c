@@ -158,20 +158,31 @@ static const char *source_as_written(const char *source) {
     return strlen(cwd) == length && memcmp(cwd, source, length) == 0 ? name + 1 : NULL;
 }
 
-/* Is it what one sees at `target`, and does its daemon live? */
-static bool is_mounted(const char *source, const char *target) {
+/* Is a mount of this type what one sees at `target`? `source` NULL: whatever its source. */
+static bool is_on_top(const char *type, const char *source, const char *target) {
     struct mntent *entry;
-    bool mounted = false;
+    bool found = false;
     FILE *mounts = setmntent("/proc/self/mounts", "r");
     if (!mounts)
         return false;
     while ((entry = getmntent(mounts)))
         if (strcmp(entry->mnt_dir, target) == 0) /* the last one is on top */
-            mounted = strcmp(entry->mnt_type, "fuse.vmsfs") == 0 &&
-                      strcmp(entry->mnt_fsname, source) == 0;
+            found = strcmp(entry->mnt_type, type) == 0 &&
+                    (!source || strcmp(entry->mnt_fsname, source) == 0);
     endmntent(mounts);
+    return found;
+}
+
+/* Has it been mounted already, which `mount -a` could not see? Either since the names differ, or
+ * since there is an automount point of the same line of fstab: whoever is not its owner has it
+ * mounted by looking (statfs(2), not stat(2)). */
+static bool is_mounted_unseen(const char *source, const char *written, const char *target) {
     struct statfs fs;
-    return mounted && statfs(target, &fs) == 0;
+    bool automount = is_on_top("autofs", NULL, target);
+    if (automount)
+        statfs(target, &fs);
+    return (automount || written) && is_on_top("fuse.vmsfs", written ? written : source, target) &&
+           statfs(target, &fs) == 0; /* its daemon lives */
 }
 
 static bool environment_complete(void) {
@@ -249,9 +260,8 @@ static int call_mount(const struct call *call) {
         return MOUNT_FAIL;
     }
     const char *written = source_as_written(call->source);
-    if (written && is_mounted(written, call->target)) {
-        /* `mount -a` in such a folder does not see it, as the names differ. */
-        say("%s is mounted on %s already", written, call->target);
+    if (!call->namespace && is_mounted_unseen(call->source, written, call->target)) {
+        say("%s is mounted on %s already", written ? written : call->source, call->target);
         return MOUNT_OK;
     }
     char *program = daemon_find();

@@ -260,9 +260,13 @@ def test_under_systemd_machines_outlive_the_service(machine):
 
 
 def test_automount_mounts_when_somebody_looks(machine):
-    machine.sh("echo 'vms /vms vmsfs noauto,x-systemd.automount 0 0' >>/etc/fstab; systemctl daemon-reload; systemctl start vms.automount")
+    machine.sh("echo 'vms /vms vmsfs x-systemd.automount 0 0' >>/etc/fstab; systemctl daemon-reload; systemctl start vms.automount")
     assert not machine.run("findmnt -n -t fuse.vmsfs /vms").out
     assert machine.sh("cat /vms/demo/status") == "running\n"
+    machine.sh("systemctl stop vms.mount")
+    for folder in ("/", "/root"):
+        assert machine.run("mount -a", cwd=folder).status == 0
+        assert machine.sh("grep -c fuse.vmsfs /proc/self/mounts") == "1\n"
     machine.sh("systemctl stop vms.automount vms.mount")
     assert started(machine) == ["demo"]
     machine.sh("sed -i /vmsfs/d /etc/fstab; cp /usr/share/doc/vmsfs/examples/vms.* /etc/systemd/system; systemctl daemon-reload")
