@@ -289,10 +289,13 @@ def test_removing_shuts_machines_down_and_keeps_what_they_are(machine):
 
 
 def test_purging_leaves_nothing(machine):
-    # A machine that runs while nothing is mounted, one that its daemon did not live to unmount, and files of the administrator's.
+    # A machine that runs while nothing is mounted, one of another mount and state directory, a daemon that did not live to unmount,
+    # and files of the administrator's.
     machine.sh("echo running >/vms/demo/status; systemctl stop vmsfs@vms.service; echo OPTIONS=rw >/etc/default/vmsfs", 100)
-    machine.sh("mkdir '/srv/my vms'; vmsfs '/srv/my vms' -o state=/srv/state; pkill=$(cat /srv/state/lock); kill -9 $pkill")
-    assert started(machine) == ["demo"]
+    machine.sh("mkdir '/srv/my vms' /srv/dead; vmsfs '/srv/my vms' -o state=/srv/mine; mkdir '/srv/my vms/other'")
+    machine.sh("echo running >'/srv/my vms/other/status'", 100)
+    machine.sh("vmsfs /srv/dead -o state=/srv/killed; kill -9 $(cat /srv/killed/lock)")
+    assert started(machine) == ["demo", "other"]
     machine.sh("apt-get -qy purge vmsfs", 100)
     assert started(machine) == []
     assert not machine.run("findmnt -n -t fuse.vmsfs").out
