@@ -49,8 +49,10 @@ static struct program *program_of(struct daemon *d) {
     return LIST_OWNER(d, struct program, daemon);
 }
 
-/* From here on nobody reads stderr. */
+/* From here on nobody reads stderr. Not before there is a mount: until then whoever steps on an
+ * automount point has to wait for us, but for the process group of systemd or automount(8). */
 static void program_detach(struct program *p) {
+    setsid();
     cleanup_buf struct buf path = {0};
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     for (int fd = STDIN_FILENO; null >= 0 && fd <= STDERR_FILENO; fd++)
@@ -243,7 +245,6 @@ static int program_fork(struct program *p) {
     }
     close(report[0]);
     p->report = report[1];
-    setsid();
     return -1;
 }
 

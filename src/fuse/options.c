@@ -308,11 +308,15 @@ static void raw_free(struct raw_options *raw) {
     config_free(&raw->config);
 }
 
-/* What `mount` and df show as the device. A comma would end the option. */
+/* What `mount` and df show as the device. A comma would end the option: fuse_opt.h takes it behind
+ * a backslash. */
 static void add_fuse_options(struct fuse_args *args, const char *source) {
-    cleanup_free char *name = NULL;
-    if (asprintf(&name, "-ofsname=%s", source && !strpbrk(source, ",\\") ? source : "vmsfs") >= 0)
-        fuse_opt_add_arg(args, name);
+    cleanup_buf struct buf name = {0};
+    buf_append_str(&name, "-ofsname=");
+    for (const char *c = source && source[0] ? source : "vmsfs"; *c; c++)
+        buf_printf(&name, *c == ',' || *c == '\\' ? "\\%c" : "%c", *c);
+    if (!name.failed)
+        fuse_opt_add_arg(args, name.data);
     fuse_opt_add_arg(args, "-osubtype=vmsfs");
     fuse_opt_add_arg(args, "-odefault_permissions");
 }
@@ -324,6 +328,16 @@ static bool options_take_log_level(const struct raw_options *raw, enum log_level
     fprintf(stderr, "vmsfs: -o log_level=%s: takes error, warning, info or debug\n",
             raw->log_level);
     return false;
+}
+
+/* `--`, behind which a source may look like an option, stays in the list if there are others. */
+static void drop_separator(struct fuse_args *args) {
+    char **last = &args->argv[args->argc - 1];
+    if (args->argc > 1 && strcmp(*last, "--") == 0) {
+        free(*last);
+        *last = NULL;
+        args->argc--;
+    }
 }
 
 bool options_parse(int argc, char **argv, struct options *ret_options) {
@@ -356,10 +370,12 @@ bool options_parse(int argc, char **argv, struct options *ret_options) {
             ok = options_take(&raw, &options.settings);
         }
     }
-    if (ok)
+    if (ok) {
+        drop_separator(&args);
         add_fuse_options(&args, raw.count == 2 ? raw.arguments[0] : NULL);
-    else
+    } else {
         fuse_opt_free_args(&args);
+    }
     options.fuse_argc = ok ? args.argc : 0;
     options.fuse_argv = ok ? args.argv : NULL;
     raw_free(&raw);

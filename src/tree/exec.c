@@ -41,7 +41,7 @@ static void exec_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
     ret_stat->st.st_mode = node->row->mode;
     ret_stat->st.st_size = newest ? output_size(newest, &newest->out) : 0;
-    ret_stat->entry_seconds = 0;            /* a node for each lookup */
+    ret_stat->entry_seconds = 0; /* a node for each lookup */
     ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
 

@@ -78,6 +78,8 @@ static int daemon_lock(struct daemon *d, char **ret_why) {
                  "or choose another directory with -o state=DIR",
                  owner[0] ? owner : "unknown", d->settings.state_dir) < 0)
         *ret_why = NULL;
+    close(d->lock_fd);
+    d->lock_fd = -1; /* what it protects is not ours to clear away */
     return -EBUSY;
 }
 
@@ -207,9 +209,10 @@ int daemon_open(struct daemon *d, char **ret_why) {
     d->last_number = (uint64_t)d->started.tv_sec;
     int r = daemon_own_directory(d->settings.state_dir, ret_why);
     if (r == 0)
-        r = daemon_own_directory(d->settings.runtime_dir, ret_why);
-    if (r == 0)
         r = daemon_lock(d, ret_why);
+    /* The holder of the lock removes it at its end. */
+    if (r == 0)
+        r = daemon_own_directory(d->settings.runtime_dir, ret_why);
     if (r == 0)
         r = daemon_key(d, ret_why);
     if (r == 0 && (r = prepare_load(d)) < 0)

@@ -156,8 +156,8 @@ int image_open(const struct settings *settings, const char *name, struct image *
                 *c = ' ';
         return image_fail(
             ret_why,
-            "image \"%s\" is in none of: %s- build one with contrib/guest/tiny, or name "
-            "its folder with -o images=DIR",
+            "image \"%s\" is in none of: %s- build one with vmsfs-guest-tiny (contrib/guest/tiny "
+            "in the sources), or name its folder with -o images=DIR",
             name, path.data);
     }
     cleanup_free char *file = NULL;
@@ -201,6 +201,6 @@ int image_check_disk(const struct image *image, const char *name, unsigned disk,
         return 0;
     return image_fail(ret_why,
                       "the image \"%s\" cannot use a disk: its image.json has no \"disk\". "
-                      "contrib/guest/tiny builds one that can; 0 in config/disk is no disk",
+                      "vmsfs-guest-tiny builds one that can; 0 in config/disk is no disk",
                       name);
 }

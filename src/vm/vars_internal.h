@@ -110,7 +110,8 @@ void vars_each_pending(const struct vars *vars, const char *name,
                        void (*visit)(void *arg, const struct vars_commit_change *change),
                        void *arg);
 
-/* May these changes be made, now? `ret_growth`: what they add to `projected`. Words about it are left.
+/* May these changes be made, now? `ret_growth`: what they add to `projected`. Words about it are
+ * left.
  */
 int vars_check(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
                ssize_t *ret_growth);
