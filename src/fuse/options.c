@@ -72,7 +72,7 @@ void options_print_help(void) {
            "    -o timeout=S         longest wait for an answer of a guest (%d)\n"
            "    -o scratch_timeout=S how long temporary files of tools live unused (%d)\n"
            "    -o output_max=BYTES  how much of a command's output is kept (1G)\n"
-           "    -o ephemeral         destroy all VMs at unmount\n"
+           "    -o ephemeral         destroy the VMs of this mount with it\n"
            "\n"
            "What new VMs start with, each to be changed in ID/config/:\n",
            DEFAULT_TIMEOUT, DEFAULT_SCRATCH_TIMEOUT);

@@ -405,8 +405,8 @@ static int config_load_one(struct vm_config *config, const struct config_setting
 }
 
 int config_load(struct vm_config *config, const json_t *saved, char **ret_why) {
+    cleanup_buf struct buf all = {0};
     int status = 0;
-    *ret_why = NULL;
     for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
         const struct config_setting *s = &config_settings[i];
         const json_t *value = json_object_get(saved, s->name);
@@ -416,9 +416,11 @@ int config_load(struct vm_config *config, const json_t *saved, char **ret_why) {
             r = config_load_one(config, s, value, &why);
         if (r >= 0)
             continue;
-        free(*ret_why);
-        *ret_why = why;
+        if (why)
+            buf_printf(&all, "%s%s", all.len ? "; " : "", why);
+        free(why);
         status = r;
     }
+    *ret_why = all.len ? buf_steal(&all, NULL) : NULL;
     return status;
 }

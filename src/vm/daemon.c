@@ -18,6 +18,7 @@
 #include "vm/console.h"
 #include "vm/control.h"
 #include "vm/prepare.h"
+#include "vm/record.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -105,9 +106,10 @@ static int daemon_key(struct daemon *d, char **ret_why) {
     return d->key_public ? 0 : -ENOMEM;
 }
 
-/* Calls `visit` with the path of each folder in STATE/`name`. */
+/* Calls `visit` with the path of each folder in STATE/`name`; a negative return ends it. */
 static int daemon_each(struct daemon *d, const char *name,
-                       void (*visit)(struct daemon *d, const char *path), char **ret_why) {
+                       int (*visit)(struct daemon *d, const char *path, char **ret_why),
+                       char **ret_why) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/%s", d->settings.state_dir, name) < 0)
         return -ENOMEM;
@@ -117,29 +119,33 @@ static int daemon_each(struct daemon *d, const char *name,
     DIR *dir = opendir(path);
     if (!dir)
         return daemon_fail(ret_why, -errno, "cannot read", path);
-    for (struct dirent *entry; (entry = readdir(dir));) {
+    for (struct dirent *entry; r >= 0 && (entry = readdir(dir));) {
         cleanup_free char *one = NULL;
         if (entry->d_name[0] != '.' && asprintf(&one, "%s/%s", path, entry->d_name) >= 0)
-            visit(d, one);
+            r = visit(d, one, ret_why);
     }
     closedir(dir);
-    return 0;
+    return r;
 }
 
-static void daemon_load_one(struct daemon *d, const char *path) {
+static int daemon_load_one(struct daemon *d, const char *path, char **ret_why) {
     const char *name = strrchr(path, '/') + 1;
-    struct vm *vm = vm_load(d, path);
-    if (!vm && vm_id_is_valid(name))
-        vm = vm_load_unreadable(d, name, path);
-    if (!vm) {
+    cleanup_free char *why = NULL;
+    struct vm *vm;
+    if (!vm_id_is_valid(name)) {
         log_error("%s holds no VM; it is left alone", path);
-        return;
+        return 0;
     }
-    if (strcmp(name, vm->id) != 0 || vm_find(d, vm->id)) {
-        log_error("%s is the record of another VM, %s; it is left alone", path, vm->id);
-        vm_release(vm);
-        return;
+    int r = vm_load(d, path, name, VM_ORDINARY, &vm, &why);
+    if (record_lacks_resources(r)) {
+        *ret_why = why;
+        why = NULL;
+        return r;
     }
+    if (r < 0)
+        vm = vm_load_unreadable(d, path, name, VM_ORDINARY, why);
+    if (!vm)
+        return -ENOMEM;
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     registry_add(d, vm);
@@ -148,22 +154,59 @@ static void daemon_load_one(struct daemon *d, const char *path) {
     if (vm->ephemeral) {
         log_info("%s: its mount, which was ephemeral, has ended", vm->id);
         vm_destroy(vm, NULL);
-        return;
+        return 0;
     }
     if (vm->boot_again && vm_boot(vm) < 0)
         log_error("%s: cannot be booted", vm->id);
+    return 0;
 }
 
 /* VMs whose destruction a killed daemon did not finish. */
-static void daemon_clear_one(struct daemon *d, const char *path) {
-    struct vm *vm = vm_load(d, path);
+static int daemon_clear_one(struct daemon *d, const char *path, char **ret_why) {
+    cleanup_free char *why = NULL;
+    struct vm *vm;
     uint64_t number = strtoull(strrchr(path, '/') + 1, NULL, 10);
+    (void)ret_why;
     if (number > d->last_number && number < UINT32_MAX)
         d->last_number = number;
-    if (vm)
+    int r = vm_load(d, path, NULL, VM_ORDINARY, &vm, &why);
+    if (r == 0)
         vm_destroy(vm, NULL);
-    else
+    else if (record_lacks_resources(r))
+        log_error("%s is left to the next start: %s", path, why ? why : strerror(-r));
+    else /* what ran had been ended before it came here */
         fs_remove_all(path);
+    return 0;
+}
+
+static bool daemon_runs_number(const struct daemon *d, uint64_t number) {
+    struct vm *vm;
+    struct vm_index *vms = (struct vm_index *)(uintptr_t)&d->vms;
+    RB_FOREACH(vm, vm_index, vms) {
+        if (vm->vmm && vm->number == number)
+            return true;
+    }
+    for (const struct list *l = d->ending.next; l != &d->ending; l = l->next) {
+        vm = LIST_OWNER(l, struct vm, ending);
+        if (vm->vmm && vm->number == number)
+            return true;
+    }
+    return false;
+}
+
+/* Sockets are called by the number of their VM. Of those whose VMM was not taken over, nobody else
+ * knows any more. */
+static void daemon_sweep_sockets(const struct daemon *d) {
+    DIR *dir = opendir(d->settings.runtime_dir);
+    if (!dir)
+        return;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        char *end;
+        uint64_t number = strtoull(entry->d_name, &end, 10);
+        if (end != entry->d_name && *end == '.' && !daemon_runs_number(d, number))
+            unlinkat(dirfd(dir), entry->d_name, 0);
+    }
+    closedir(dir);
 }
 
 #define HOUSEKEEPING_MS 1000
@@ -212,12 +255,14 @@ int daemon_open(struct daemon *d, char **ret_why) {
         r = daemon_lock(d, ret_why);
     if (r == 0)
         r = daemon_key(d, ret_why);
-    if (r == 0 && (r = prepare_load(d)) < 0)
+    if (r == 0 && (r = prepare_load(d, ret_why)) < 0 && !*ret_why)
         daemon_fail(ret_why, r, "cannot bring back what is prepared in", d->settings.state_dir);
     if (r == 0)
         r = daemon_each(d, "vms", daemon_load_one, ret_why);
     if (r == 0)
         r = daemon_each(d, "trash", daemon_clear_one, ret_why);
+    if (r == 0)
+        daemon_sweep_sockets(d);
     return r < 0 ? r : daemon_start_housekeeping(d);
 }
 
@@ -248,10 +293,13 @@ bool daemon_is_idle(const struct daemon *d) {
     return true;
 }
 
-void daemon_destroy_all(struct daemon *d) {
-    struct vm *vm;
-    while ((vm = RB_MIN(vm_index, &d->vms)))
-        vm_destroy(vm, NULL);
+void daemon_end_session(struct daemon *d) {
+    struct vm *vm, *next;
+    for (vm = RB_MIN(vm_index, &d->vms); vm; vm = next) {
+        next = RB_NEXT(vm_index, &d->vms, vm);
+        if (vm->ephemeral)
+            vm_destroy(vm, NULL);
+    }
 }
 
 void daemon_close(struct daemon *d) {

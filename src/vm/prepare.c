@@ -16,6 +16,7 @@
 #include "util/log.h"
 #include "vm/forward.h"
 #include "vm/image.h"
+#include "vm/record.h"
 #include "vm/vars.h"
 #include "vmm/vmm.h"
 
@@ -115,8 +116,7 @@ int prepare_rename(struct vm *vm, const char *name) {
     vm->dir = dir;
     vm->id = id;
     RB_INSERT(vm_index, &d->prepared, vm);
-    vm_save(vm);
-    return 0;
+    return 0; /* its folder says how it is called */
 }
 
 int prepare_set_forward(struct vm *vm, const char *text, size_t length, struct vm_wait *wait) {
@@ -311,47 +311,66 @@ void prepare_create(struct daemon *d, const char *id, struct vm *prepared,
 
 /* ---- over restarts ---- */
 
-static int prepare_load_defaults(struct daemon *d) {
-    cleanup_free char *dir = NULL, *path = NULL;
+/* In `dir`, which is there; NULL in *ret_vm: nothing is recorded there. */
+static int prepare_load_from(struct daemon *d, const char *dir, const char *name, enum vm_role role,
+                             struct vm **ret_vm, char **ret_why) {
+    cleanup_free char *why = NULL;
+    *ret_vm = NULL;
+    int r = vm_load(d, dir, name, role, ret_vm, &why);
+    if (record_lacks_resources(r)) {
+        *ret_why = why;
+        why = NULL;
+        return r;
+    }
+    if (r < 0 && (r != -ERR_NOT_FOUND || role == VM_PREPARED))
+        *ret_vm = vm_load_unreadable(d, dir, name, role, why);
+    if (*ret_vm)
+        (*ret_vm)->state = VM_STOPPED;
+    return r < 0 && r != -ERR_NOT_FOUND && !*ret_vm ? -ENOMEM : 0;
+}
+
+static int prepare_load_defaults(struct daemon *d, char **ret_why) {
+    cleanup_free char *dir = NULL;
     if (asprintf(&dir, "%s/defaults", d->settings.state_dir) < 0)
         return -ENOMEM;
     int r = fs_mkdir_all(dir, 0700);
-    if (r < 0)
+    if (r == 0)
+        r = prepare_load_from(d, dir, "defaults", VM_DEFAULTS, &d->defaults, ret_why);
+    if (r < 0 || d->defaults)
         return r;
-    d->defaults = vm_load(d, dir);
-    if (!d->defaults && asprintf(&path, "%s/vm.json", dir) < 0)
-        return -ENOMEM;
-    if (!d->defaults)
-        d->defaults = access(path, F_OK) < 0 ? vm_new(d, "defaults", ++d->last_number, dir)
-                                             : vm_load_unreadable(d, "defaults", dir);
+    d->defaults = vm_new(d, "defaults", ++d->last_number, dir);
     if (!d->defaults)
         return -ENOMEM;
     d->defaults->role = VM_DEFAULTS;
-    d->defaults->state = VM_STOPPED;
     return 0;
 }
 
-static void prepare_load_one(struct daemon *d, const char *path, const char *name) {
-    struct vm *vm = vm_load(d, path);
-    if (!vm)
-        vm = vm_load_unreadable(d, name, path);
-    if (!vm)
-        return;
-    if (strcmp(vm->id, name) != 0) {
-        log_error("%s is the record of another VM, %s; it is left alone", path, vm->id);
-        vm_release(vm);
-        return;
+/* A folder that was copied has the number of the other. */
+static bool prepare_knows_number(struct daemon *d, uint64_t number) {
+    struct vm *vm;
+    RB_FOREACH(vm, vm_index, &d->prepared) {
+        if (vm->number == number)
+            return true;
     }
-    vm->role = VM_PREPARED;
-    vm->state = VM_STOPPED;
+    return false;
+}
+
+static int prepare_load_one(struct daemon *d, const char *path, const char *name, char **ret_why) {
+    struct vm *vm;
+    int r = prepare_load_from(d, path, name, VM_PREPARED, &vm, ret_why);
+    if (r < 0)
+        return r;
+    if (prepare_knows_number(d, vm->number))
+        vm->number = ++d->last_number;
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     RB_INSERT(vm_index, &d->prepared, vm);
+    return 0;
 }
 
-int prepare_load(struct daemon *d) {
+int prepare_load(struct daemon *d, char **ret_why) {
     cleanup_free char *path = NULL;
-    int r = prepare_load_defaults(d);
+    int r = prepare_load_defaults(d, ret_why);
     if (r < 0)
         return r;
     if (asprintf(&path, "%s/new", d->settings.state_dir) < 0)
@@ -360,13 +379,13 @@ int prepare_load(struct daemon *d) {
     DIR *dir = r == 0 ? opendir(path) : NULL;
     if (!dir)
         return r < 0 ? r : -errno;
-    for (struct dirent *entry; (entry = readdir(dir));) {
+    for (struct dirent *entry; r == 0 && (entry = readdir(dir));) {
         cleanup_free char *one = NULL;
         if (vm_id_is_valid(entry->d_name) && asprintf(&one, "%s/%s", path, entry->d_name) >= 0)
-            prepare_load_one(d, one, entry->d_name);
+            r = prepare_load_one(d, one, entry->d_name, ret_why);
     }
     closedir(dir);
-    return 0;
+    return r;
 }
 
 void prepare_finish(struct vm *vm) {

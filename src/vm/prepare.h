@@ -49,6 +49,7 @@ void prepare_create(struct daemon *d, const char *id, struct vm *prepared,
 void prepare_finish(struct vm *vm);
 
 /* What is recorded, at the start. */
-int prepare_load(struct daemon *d);
+/* On error *ret_why may be a sentence (the caller frees it). */
+int prepare_load(struct daemon *d, char **ret_why);
 /* Lets go of it, at the end. */
 void prepare_release(struct daemon *d);

@@ -126,12 +126,20 @@ struct vm {
     bool pausing;           /* the VMM has been asked, or will be (vm/pause.c) */
     bool pause_wanted;      /* as soon as it runs */
     uint64_t pause_deadline;
-    struct vm_wait pause_saved;
-    struct vm_wait stop_saved;
+    uint64_t adopted_at;    /* vars_generation() of its record + 1, until the guest has told */
+    bool resuming;          /* else it is to be paused, while `pausing` */
+    int record_as;          /* the state that the record says; -1: `state` */
+    enum vm_state recorded; /* the state that it says */
+    enum vm_state start_from, stop_from; /* what it goes back to when that is refused */
+    uint64_t stop_refused;               /* uv_now(); 0: never */
+    struct vm_wait pause_saved, start_saved, stop_saved, state_saved;
     struct timespec running_since; /* 0: it does not run */
     uint64_t used;                 /* uv_now() when a variable or a command was last asked for */
-    pid_t remover;                 /* see vm_guards() */
-    uint64_t remover_since;
+    struct vm_remover {            /* see vm_guards() */
+        pid_t pid;
+        uint64_t since; /* uv_now() */
+    } * removers;
+    size_t remover_count;
     bool ephemeral;  /* it ends with the mount that made it */
     bool destroying; /* rmdir has begun */
     bool attached;   /* the guest of this boot has been heard: its file is the truth */
@@ -217,15 +225,20 @@ int vm_boot(struct vm *vm);
 int vm_stop(struct vm *vm);
 /* The last steps of a stop, behind the guest's own power-down: the VMM's quitting, SIGKILL. */
 #define VM_QUIT_MS 2000
-/* Done of vm->stop_saved. */
+/* Done of vm->stop_saved, start_saved, state_saved, pause_saved. */
 void vm_stop_saved(struct vm_wait *wait, int status);
+void vm_start_saved(struct vm_wait *wait, int status);
+void vm_state_saved(struct vm_wait *wait, int status);
+void vm_pause_saved(struct vm_wait *wait, int status);
 /* Starts the deadline of a boot. */
 void vm_watch_boot(struct vm *vm);
 void vm_set_state(struct vm *vm, enum vm_state state);
-/* Done of vm->pause_saved. */
-void vm_settle_saved(struct vm_wait *wait, int status);
-/* What was asked for will not be: who waits for another state than this one is told so. */
-void vm_unsettle(struct vm *vm, int status);
+/* The end of a boot that did not come to anything. */
+void vm_boot_failed(struct vm *vm);
+/* Tells those who wait for a state whether this is it, or whether it cannot come any more. */
+void vm_settle(struct vm *vm);
+/* What was asked for will not be: who waits for this state is told so. */
+void vm_unsettle(struct vm *vm, enum vm_state goal, int status);
 
 /* Is it to be refused, because the VM is protected? `whole`: what is to be removed goes with the VM
  * only. Who has tried that is `rm -r` or its like, and from then on may remove nothing of the VM.
@@ -248,10 +261,6 @@ void vm_release(struct vm *vm);
 void vm_destroy_step(struct vm *vm);
 /* Writes the record at once, safe from the end of this process. */
 int record_begin(struct vm *vm);
-/* Brings back what is recorded in `dir`. NULL: there is no readable record. */
-struct vm *vm_load(struct daemon *d, const char *dir);
-/* A VM whose record cannot be read: failed, with words about it; the record is put aside. */
-struct vm *vm_load_unreadable(struct daemon *d, const char *id, const char *dir);
 /* The VMM's configuration for its next boot, or for adopting it; strings borrowed. */
 struct vmm_config;
 extern const struct vmm_events vm_vmm_events;

@@ -104,11 +104,12 @@ static void process_on_poll(uv_poll_t *poll, int status, int events) {
     p->exited(p->arg, how);
 }
 
-void process_kill_strays(const char *text) {
+unsigned process_kill_strays(const char *text) {
     DIR *proc = opendir("/proc");
     struct stat st;
+    unsigned count = 0;
     if (!proc)
-        return;
+        return 0;
     for (struct dirent *entry; (entry = readdir(proc));) {
         char path[sizeof entry->d_name + 32], line[16384];
         pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
@@ -120,10 +121,12 @@ void process_kill_strays(const char *text) {
         ssize_t length = file_read_start(path, line, sizeof line);
         if (pidfd < 0 || length <= 0 || !memmem(line, (size_t)length, text, strlen(text)))
             continue;
-        log_warn("process %d was left behind by a daemon that was killed: it is ended", (int)pid);
+        log_warn("process %d was left behind by an earlier daemon: it is ended", (int)pid);
         pidfd_send_signal(pidfd, SIGKILL, NULL, 0);
+        count++;
     }
     closedir(proc);
+    return count;
 }
 
 static void process_on_closed(uv_handle_t *handle) {

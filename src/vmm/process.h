@@ -42,9 +42,9 @@ pid_t process_pid(const struct process *process);
 /* SIGKILL, also for a stopped process. One that is gone already is no error. */
 void process_kill(struct process *process);
 
-/* SIGKILL for every process of this user whose command line holds the text: what a daemon has
- * started that was killed before it could record it. Looks through /proc. */
-void process_kill_strays(const char *text);
+/* SIGKILL for every process of this user whose command line holds the text: what no record tells
+ * of. Looks through /proc. Returns how many there were. */
+unsigned process_kill_strays(const char *text);
 
 /* Stops watching; the process goes on. No callback comes after this. NULL is allowed. */
 void process_release(struct process *process);
