@@ -215,6 +215,46 @@ def test_a_dead_mount_of_ours_is_cleared_away(daemon, slash):
     assert len(lines) == 1
 
 
+def test_a_dead_mount_is_cleared_away_by_another_of_its_names(daemon):
+    one = daemon("backend=attach,address=127.0.0.1")
+    os.kill(one.pid, 9)
+    one.wait_end()
+    alias = one.mount + ".alias"
+    os.symlink(one.mount, alias)
+    subprocess.run(
+        [one.program, alias + "/", "-o", one.options], check=True, timeout=30, env=environment(), stderr=subprocess.DEVNULL
+    )
+    assert set(os.listdir(one.mount)) == {".defaults", ".new"}
+    one.pid = int(read(os.path.join(one.state, "lock")))
+    one.detached = True
+    RUN.record_pid(one.pid)
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("dead", [True, False])
+def test_of_many_that_start_at_once_one_mounts_and_the_others_are_told(daemon, dead):
+    one = daemon("backend=attach,address=127.0.0.1")
+    for _ in range(4):
+        os.kill(one.pid, 9)
+        one.wait_end()
+        if not dead:
+            one.unmount()
+        starts = [
+            subprocess.Popen(one.argv(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+            for _ in range(6)
+        ]
+        said = [start.communicate(timeout=60)[1] for start in starts]
+        one.pid = int(read(os.path.join(one.state, "lock")))
+        one.process, one.detached = None, True
+        RUN.record_pid(one.pid)
+        assert sorted(start.returncode != 0 for start in starts) == [False] + [True] * 5, said
+        for start, words in zip(starts, said):
+            assert start.returncode == 0 or f"process {one.pid}" in words, words
+        assert set(os.listdir(one.mount)) == {".defaults", ".new"}
+        # Who was refused has taken nothing away from who was not.
+        assert os.path.isdir(runtime_dir(one.state))
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_a_service_manager_is_told_when_the_mount_answers(daemon, tmp_path, abstract):
     path = f"@vmsfs-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
@@ -495,6 +535,9 @@ def test_a_full_disk_is_enospc_and_the_old_state_stays(small):
     wait_for(lambda: vm.status() == "failed", "it has given up", 20)
     write(vm.env("A"), "old\n")
     write(small.vm(".defaults/env/D"), "old\n")
+    write(small.vm(".defaults/forward"), "OLD\n")
+    os.mkdir(small.vm(".new/p"))
+    write(small.vm(".new/p/env/K"), "v\n")
     with full_disk(small):
         for path in (vm.env("A"), small.vm(".defaults/env/D"), vm.env("NEW"), vm / "config/port"):
             with refused("ENOSPC"):
@@ -505,6 +548,22 @@ def test_a_full_disk_is_enospc_and_the_old_state_stays(small):
         assert read(vm / "config/port") == "22\n"
         assert not os.path.exists(vm.env("NEW"))
         assert "no room" in vm.error()
+        # `forward` has no other value than that which was written, and says why.
+        with refused("ENOSPC"):
+            write(small.vm(".defaults/forward"), "NEW\n")
+        assert read(small.vm(".defaults/forward")) == "OLD\n"
+        assert "forward" in read(small.vm(".defaults/error")) and "room" in read(small.vm(".defaults/error"))
+        # A rename takes no room.
+        os.rename(small.vm(".new/p"), small.vm(".new/z"))
+        assert os.listdir(small.vm(".new")) == ["z"]
+        small.kill()
+        with contextlib.suppress(OSError):
+            os.unlink(f"{small.state}/log")
+    small.start()
+    assert read(small.vm(".new/z/env/K")) == "v\n"
+    assert read(small.vm(".defaults/forward")) == "OLD\n"
+    os.rmdir(small.vm(".new/z"))
+    wait_for(lambda: vm.status() != "booting", "it has settled")
     write(vm.env("A"), "new\n")
     small.kill()
     small.start()

@@ -48,6 +48,7 @@ enum config_kind {
     CONFIG_USER_NAME, /* of a user in the guest */
     CONFIG_CPU_MODEL, /* with features behind commas */
     CONFIG_HOST_NAME, /* or an address */
+    CONFIG_IMAGE,     /* a folder's name, or its absolute path */
 };
 
 enum {

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +63,24 @@ static int daemon_sign_lock(const struct daemon *d) {
     return 0;
 }
 
+/* Who has the lock signs it in the next moment; what was there before is of a daemon that has died.
+ */
+#define LOCK_SIGNED_MS 1000
+#define LOCK_STEP_MS 10
+
+static pid_t daemon_lock_owner(const struct daemon *d) {
+    for (unsigned waited = 0;; waited += LOCK_STEP_MS) {
+        char text[32] = "";
+        pid_t owner =
+            pread(d->lock_fd, text, sizeof text - 1, 0) > 0 ? (pid_t)strtol(text, NULL, 10) : 0;
+        if (owner > 0 && (kill(owner, 0) == 0 || errno == EPERM))
+            return owner;
+        if (waited >= LOCK_SIGNED_MS)
+            return 0;
+        nanosleep(&(struct timespec){.tv_nsec = LOCK_STEP_MS * 1000000L}, NULL);
+    }
+}
+
 static int daemon_lock(struct daemon *d, char **ret_why) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/lock", d->settings.state_dir) < 0)
@@ -69,15 +88,18 @@ static int daemon_lock(struct daemon *d, char **ret_why) {
     d->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (d->lock_fd < 0)
         return daemon_fail(ret_why, -errno, "cannot open", path);
-    char owner[32] = "";
     if (flock(d->lock_fd, LOCK_EX | LOCK_NB) == 0)
         return daemon_sign_lock(d);
-    if (pread(d->lock_fd, owner, sizeof owner - 1, 0) > 0)
-        owner[strspn(owner, "0123456789")] = '\0';
+    pid_t owner = daemon_lock_owner(d);
+    char process[32] = "unknown";
+    close(d->lock_fd);
+    d->lock_fd = -1; /* what is in these directories is another's */
+    if (owner)
+        snprintf(process, sizeof process, "%d", (int)owner);
     if (asprintf(ret_why,
                  "another vmsfs (process %s) uses the state directory %s: unmount that one first, "
                  "or choose another directory with -o state=DIR",
-                 owner[0] ? owner : "unknown", d->settings.state_dir) < 0)
+                 process, d->settings.state_dir) < 0)
         *ret_why = NULL;
     return -EBUSY;
 }
@@ -179,6 +201,21 @@ static int daemon_clear_one(struct daemon *d, const char *path, char **ret_why) 
     return 0;
 }
 
+/* Those who have none are given one when all that are taken are known. */
+static void daemon_number(struct daemon *d) {
+    struct vm *vm;
+    if (!d->defaults->number)
+        d->defaults->number = ++d->last_number;
+    RB_FOREACH(vm, vm_index, &d->prepared) {
+        if (!vm->number)
+            vm->number = ++d->last_number;
+    }
+    RB_FOREACH(vm, vm_index, &d->vms) {
+        if (!vm->number)
+            vm->number = ++d->last_number;
+    }
+}
+
 static bool daemon_runs_number(const struct daemon *d, uint64_t number) {
     struct vm *vm;
     struct vm_index *vms = (struct vm_index *)(uintptr_t)&d->vms;
@@ -261,8 +298,10 @@ int daemon_open(struct daemon *d, char **ret_why) {
         r = daemon_each(d, "vms", daemon_load_one, ret_why);
     if (r == 0)
         r = daemon_each(d, "trash", daemon_clear_one, ret_why);
-    if (r == 0)
+    if (r == 0) {
+        daemon_number(d);
         daemon_sweep_sockets(d);
+    }
     return r < 0 ? r : daemon_start_housekeeping(d);
 }
 

@@ -84,6 +84,10 @@ static json_t *record_make(struct vm *vm) {
         json_object_set_new(record, "made_from", json_integer((json_int_t)vm->made_from));
     if (record && vm->forward.len)
         json_object_set_new(record, "forward", json_stringn(vm->forward.data, vm->forward.len));
+    json_t *written = vm_save_written(vm);
+    if (record && json_object_size(written))
+        json_object_set(record, "written", written);
+    json_decref(written);
     if (record && vm->role == VM_DEFAULTS)
         json_object_set_new(record, "options", config_save(&vm->daemon->settings.config));
     return record;

@@ -16,7 +16,7 @@ int vm_load(struct daemon *d, const char *dir, const char *name, enum vm_role ro
             struct vm **ret_vm, char **ret_why);
 
 /* A VM whose record cannot be read: failed, with words about it; the record is put aside, and what
- * runs is ended. NULL: no memory. */
+ * runs is ended. It has no number yet. NULL: no memory. */
 struct vm *vm_load_unreadable(struct daemon *d, const char *dir, const char *name,
                               enum vm_role role, const char *why);
 

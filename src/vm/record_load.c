@@ -318,6 +318,7 @@ static int record_take(struct daemon *d, const char *dir, const char *name, enum
     vm->ephemeral = json_is_true(json_object_get(record, "ephemeral"));
     record_configure(vm, json_object_get(record, "config"));
     record_take_prepared(vm, record);
+    vm_load_written(vm, json_object_get(record, "written"));
     machine_load(vm, record);
     vm_use(vm);
     record_load_variables(vm, record);
@@ -361,7 +362,7 @@ int vm_load(struct daemon *d, const char *dir, const char *name, enum vm_role ro
 struct vm *vm_load_unreadable(struct daemon *d, const char *dir, const char *name,
                               enum vm_role role, const char *why) {
     cleanup_free char *path = NULL, *aside = NULL;
-    struct vm *vm = vm_new(d, name, ++d->last_number, dir);
+    struct vm *vm = vm_new(d, name, 0, dir);
     if (!vm)
         return NULL;
     vm->role = role;

@@ -79,6 +79,8 @@ void vm_unref(struct vm *vm) {
     free(vm->backend_note);
     free(vm->user);
     free(vm->removers);
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++)
+        free(vm->config_files[i].text);
     free(vm);
 }
 

@@ -93,6 +93,7 @@ struct vm {
     struct vm_config_file {
         struct timespec changed;
         uint64_t removed; /* uv_now() when it was last unlinked; 0: it is there */
+        char *text;       /* as it was written, if that is not how it would be printed; or NULL */
     } config_files[CONFIG_SETTINGS];
     const struct vmm_ops *backend;       /* what it runs in, or ran in last; NULL: nothing yet */
     char *backend_note;                  /* why that: vmm_ops.check() */
@@ -110,15 +111,16 @@ struct vm {
     struct vars *vars;
     enum environ_style environ_style;
     struct look env_look, environ_look; /* of env/ and environ; their times are those of `vars` */
-    uint64_t environ_removed;      /* uv_now() when `environ` was last unlinked; 0: it is there */
-    struct scratches *env_scratch; /* temporary files beside the variables */
-    struct scratches *vm_scratch;  /* and beside `environ` */
-    struct scratches *config_scratch; /* and beside the settings */
-    struct control *control;          /* resident shell */
-    struct commands *commands;        /* runs commands in the guest */
-    struct orphans *orphans;          /* commands that were lost */
-    struct jobs *jobs;                /* the commands of jobs/ */
-    uint64_t last_scratch;            /* numbers of temporary files */
+    uint64_t environ_removed; /* uv_now() when `environ` was last unlinked; 0: it is there */
+    uint64_t forward_removed, status_removed; /* the same of those */
+    struct scratches *env_scratch;            /* temporary files beside the variables */
+    struct scratches *vm_scratch;             /* and beside `environ` */
+    struct scratches *config_scratch;         /* and beside the settings */
+    struct control *control;                  /* resident shell */
+    struct commands *commands;                /* runs commands in the guest */
+    struct orphans *orphans;                  /* commands that were lost */
+    struct jobs *jobs;                        /* the commands of jobs/ */
+    uint64_t last_scratch;                    /* numbers of temporary files */
 
     uv_timer_t *timer;      /* boot deadline */
     uv_timer_t *save_timer; /* see vm_save_soon() */
@@ -180,6 +182,13 @@ bool vm_uses_login_shell(const struct vm *vm);
  * changed, leave words. A cancelled wait leaves the change to take its course. */
 int vm_configure(struct vm *vm, const char *name, const char *text, size_t length,
                  struct vm_wait *wait);
+
+/* The file of a setting as it reads: byte for byte what was written, so that who compares it with
+ * his own finds no difference; else the value and a newline. */
+void vm_print_setting(const struct vm *vm, const struct config_setting *setting, struct buf *out);
+/* The same for its record: only what was written in other words. */
+json_t *vm_save_written(const struct vm *vm);
+void vm_load_written(struct vm *vm, const json_t *saved);
 
 /* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6).
  */
