@@ -109,8 +109,7 @@ static void program_end(struct program *p) {
     log_info("unmounting");
     program_notify("STOPPING=1");
     fuse_channel_unmount(p->channel);
-    if (p->daemon.settings.ephemeral)
-        daemon_destroy_all(&p->daemon);
+    daemon_end_session(&p->daemon);
     for (size_t i = 0; i < sizeof p->signals / sizeof *p->signals; i++)
         uv_close((uv_handle_t *)&p->signals[i], NULL);
     program_end_commands(p);

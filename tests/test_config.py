@@ -81,11 +81,11 @@ def test_each_setting_is_a_file_with_its_value(stopped):
     "name, text, value",
     [
         ("vcpus", "2\n", "2\n"),
-        ("vcpus", " 2 ", "2\n"),
-        ("memory", "512", "512\n"),
-        ("memory", "512M\n", "512\n"),
-        ("memory", "1G\n", "1024\n"),
-        ("disk", "4G\n", "4096\n"),
+        ("vcpus", " 2 ", "2"),
+        ("memory", "512", "512"),
+        ("memory", "512M\n", "512"),
+        ("memory", "1G\n", "1024"),
+        ("disk", "4G\n", "4096"),
         ("cpu_model", "Haswell,-avx2,vendor=AuthenticAMD\n", "Haswell,-avx2,vendor=AuthenticAMD\n"),
         ("boot_args", "debug loglevel=7\n", "debug loglevel=7\n"),
         ("shell", "raw\n", "raw\n"),
@@ -99,8 +99,8 @@ def test_a_setting_is_written_and_set_back(stopped, name, text, value):
     path = setting(stopped, name)
     before = os.stat(path).st_mtime_ns
     write(path, text)
-    assert read(path) == value
-    assert os.stat(path).st_size == len(value)
+    assert read(path) == text, "byte for byte"
+    assert os.stat(path).st_size == len(text.encode())
     assert os.stat(path).st_mtime_ns > before
     assert str(record(stopped)[name]) == value.strip()
     sh(': > "$F"', F=path)  # committed when it is closed, which nobody waits for
@@ -123,6 +123,9 @@ def test_a_setting_is_written_and_set_back(stopped, name, text, value):
         ("shell", "fish\n", ["login, raw"]),
         ("env_file", "relative\n", ["absolute path", "its default is /etc/profile.d/vmsfs_env.sh"]),
         ("user", "a b\n", ["letters"]),
+        ("image", "a/b\n", ["folder", "absolute path", "its default is tiny"]),
+        ("image", "../../etc\n", ["folder", "absolute path"]),
+        ("image", ".hidden\n", ["folder", "absolute path"]),
         ("boot_args", "a\nb\n", ["one line"]),
     ],
 )
@@ -154,7 +157,7 @@ def test_later_pieces_of_a_value_are_judged_together_at_close(stopped):
     path = setting(stopped, "boot_timeout")
     with open(path, "wb", 0) as f:
         f.write(b"1")
-        assert read(path) == "1\n"
+        assert read(path) == "1"
         f.write(b"2")
         f.write(b"0\n")
     assert read(path) == "120\n"
@@ -163,7 +166,8 @@ def test_later_pieces_of_a_value_are_judged_together_at_close(stopped):
     os.write(fd, b"x")
     with refused("EINVAL"):
         os.close(fd)
-    assert read(path) == "7\n"
+    assert read(path) == "7"
+    write(path, "7\n")
     with open(path, "ab", 0) as f, refused("EINVAL"):
         f.write(b"8\n")  # "7\n8\n"
     assert read(path) == "7\n"
@@ -371,6 +375,41 @@ def test_a_second_run_of_a_tool_changes_nothing_also_while_the_vm_runs(vm, tmp_p
     assert sorted(os.listdir(vm / "config")) == sorted(DEFAULTS)
 
 
+def test_what_was_written_reads_back_so_that_a_tool_sees_no_change(daemon, tmp_path):
+    """Ansible compares the file with its own: 512M has to stay 512M."""
+    one = daemon("backend=attach,boot_timeout=1")
+    os.mkdir(one.vm("words"))
+    vm = one.guest("words")
+    write(vm / "status", "stopped\n")
+    script = 'ansible localhost -c local -m copy -a "src=$T/memory dest=$(dirname "$F")/memory"'
+    (tmp_path / "memory").write_text("512M\n")
+    for expected in (b"CHANGED", b"SUCCESS"):
+        done = run_tool(vm, tmp_path, script)
+        assert done.returncode == 0 and expected in done.stdout, done
+    assert record(vm)["memory"] == 512
+    one.kill()
+    one.start()
+    assert read(setting(vm, "memory")) == "512M\n"
+    # In other words: the same value, which is no change, and never busy.
+    for text in ("0.5G\n", "512\n", " 512M"):
+        if text == "0.5G\n":
+            with refused("EINVAL"):
+                write(setting(vm, "memory"), text)
+            assert read(setting(vm, "memory")) == "512M\n"
+            continue
+        write(setting(vm, "memory"), text)
+        assert read(setting(vm, "memory")) == text
+    write(setting(vm, "memory"), "1G\n")
+    one.stop()
+    # A record whose words say something else than its value.
+    path = f"{one.state}/vms/words/vm.json"
+    text = json.loads(read(path))
+    text["config"]["memory"] = 256
+    write(path, json.dumps(text))
+    one.start()
+    assert read(setting(vm, "memory")) == "256\n"
+
+
 def test_a_rename_that_brings_a_bad_value_fails_and_leaves_the_old_one(stopped):
     temporary = setting(stopped, ".new")
     write(setting(stopped, "vcpus"), "2\n")
@@ -407,6 +446,7 @@ def test_what_a_full_disk_of_the_host_cannot_keep_is_taken_back(daemon, tmp_path
         one.start()
         vm = never_booted(one, "full")
         write(setting(vm, "boot_args"), "before\n")
+        write(setting(vm, "memory"), "1G\n")
         with open(disk / "fill", "wb", 0) as f, contextlib.suppress(OSError):
             while True:
                 f.write(bytes(4096))
@@ -414,6 +454,9 @@ def test_what_a_full_disk_of_the_host_cannot_keep_is_taken_back(daemon, tmp_path
             write(setting(vm, "boot_args"), "after\n")
         assert read(setting(vm, "boot_args")) == "before\n"
         assert "config/boot_args" in vm.error() and "taken back" in vm.error()
+        with refused("ENOSPC", "EIO"):
+            write(setting(vm, "memory"), "2048\n")
+        assert read(setting(vm, "memory")) == "1G\n"
         os.unlink(disk / "fill")
         write(setting(vm, "boot_args"), "after\n")
         one.kill()

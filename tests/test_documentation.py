@@ -341,10 +341,11 @@ def test_what_is_injected_is_what_is_described(daemon):
 def test_the_options_of_the_mount_helper_are_those_that_it_takes():
     terms = Page("mount.vmsfs.8").terms("OPTIONS")
     flags = {word.split()[0] for term in terms for word in term.split(", ")}
-    assert {"-f", "-n", "-o", "-s", "-v"} <= flags
-    for path in glob.glob(f"{ROOT}/mount-helper/*.c"):
-        for letters in re.findall(r'getopt\w*\([^"]*"[+:-]*([A-Za-z:]+)"', read(path)):
-            same(flags, {f"-{c}" for c in letters if c != ":"}, "options of mount.vmsfs")
-        for names in re.findall(r"names_dropped\[\] = \{(.*?)\}", read(path), re.S):
+    sources = [read(path) for path in glob.glob(f"{ROOT}/mount-helper/*.c")]
+    taken = {f"-{c}" for text in sources for letters in re.findall(r'getopt\w*\([^"]*"([A-Za-z:]+)"', text) for c in letters if c != ":"}
+    taken |= {word for text in sources for word in re.findall(r'strcmp\(argv\[1\], "(-\w)"\)', text)}
+    same(flags, taken, "options of mount.vmsfs")
+    for text in sources:
+        for names in re.findall(r"names_dropped\[\] = \{(.*?)\}", text, re.S):
             for name in re.findall(r'"(\w+)"', names):
                 assert name in terms["-o OPTION,..."], name

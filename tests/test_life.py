@@ -9,7 +9,21 @@ import time
 
 import pytest
 
-from harness import RUN, environment, mount_line, read, read_bytes, refused, sh, wait_for, write
+from harness import (
+    RUN,
+    Client,
+    environment,
+    kill_and_wait,
+    mount_line,
+    pid_alive,
+    read,
+    read_bytes,
+    refused,
+    runtime_dir,
+    sh,
+    wait_for,
+    write,
+)
 
 
 @pytest.fixture
@@ -53,6 +67,17 @@ def test_a_protected_vm_is_not_removed_nor_touched(machine, removal):
     assert not os.path.exists(machine.path)
 
 
+def test_several_removers_at_once_remove_nothing(machine):
+    names = [f"V{i}" for i in range(9)]
+    for name in names:
+        write(machine.env(name), name)
+    write(machine / "config/protected", "yes\n")
+    for _ in range(5):
+        sh(f"for i in 1 2 3 4; do rm -rf '{machine.path}' & done; wait", check=False)
+        assert sorted(os.listdir(machine / "env")) == names
+    write(machine / "config/protected", "no\n")
+
+
 # --- lifetime, idle_timeout ---
 
 
@@ -86,6 +111,16 @@ def test_times_that_are_none_are_refused(machine, name, value):
     assert name in machine.error() and "0" in machine.error()
 
 
+@pytest.mark.parametrize("name", ["lifetime", "idle_timeout"])
+def test_a_vm_that_does_not_answer_is_stopped_too(attached, name):
+    vm = attached(options="timeout=1")
+    vm.sshd.stop()
+    wait_for(lambda: vm.status() == "unreachable", "it is unreachable", 20)
+    write(vm / f"config/{name}", "2\n")
+    wait_for(lambda: vm.status() == "stopped", "it is stopped", 15)
+    assert name in vm.error()
+
+
 # --- what a killed daemon leaves ---
 
 
@@ -99,6 +134,53 @@ def test_an_ephemeral_mount_that_was_killed_is_ended_by_the_next_start(daemon):
     one.start()
     wait_for(lambda: not os.path.exists(f"/proc/{pid}") and one.remains() == [], "all of it is gone")
     assert one.vms() == []
+
+
+@pytest.mark.deadline(240)
+def test_an_ephemeral_mount_ends_what_was_made_on_it_and_nothing_else(daemon):
+    one = daemon()
+    keep = one.boot("keep")
+    write(keep.env("K"), "precious\n")
+    pid = keep.qemu()
+    one.stop()
+    # One that cannot be mounted at all.
+    done = subprocess.run(
+        one.argv() + ["-o", "ephemeral,rootcontext=x", "-f"],
+        capture_output=True, text=True, timeout=60, env=environment(),
+    )  # fmt: skip
+    assert done.returncode != 0 and "nothing is mounted" in done.stderr
+    assert pid_alive(pid) and os.listdir(f"{one.state}/vms") == ["keep"]
+    persistent = one.options
+    one.options += ",ephemeral"
+    one.start()
+    keep.wait("running")
+    os.mkdir(one.vm("brief"))
+    one.stop()
+    assert pid_alive(pid) and os.listdir(f"{one.state}/vms") == ["keep"]
+    one.options = persistent
+    one.start()
+    keep.wait("running")
+    assert keep.value("K") == b"precious"
+
+
+def test_who_was_stopped_is_found_so_without_words(new_vm):
+    vm = new_vm("halted")
+    one = vm.daemon
+    # The end was seen and acknowledged, and its record not written: what it says is that the VM was to stop.
+    write(vm / "status", "stopped\n")
+    one.kill()
+    path = f"{one.state}/vms/halted/vm.json"
+    record = json.loads(read(path))
+    gone = {"socket": f"{runtime_dir(one.state)}/1.qmp", "port": 1, "accel": "tcg", "pid": 2**22 - 1, "start_time": 1,
+            "boot_id": read("/proc/sys/kernel/random/boot_id").strip()}  # fmt: skip
+    write(path, json.dumps({**record, "state": "stopping", "backend": "qemu", "vmm": gone}))
+    one.start()
+    assert (vm.status(), vm.error()) == ("stopped", "")
+    # One that was not asked to has ended by itself.
+    one.kill()
+    write(path, json.dumps({**record, "state": "running", "backend": "qemu", "vmm": gone}))
+    one.start()
+    assert vm.status() == "stopped" and "no daemon was there" in vm.error()
 
 
 def test_the_second_daemon_is_told_the_process_of_the_first(daemon):
@@ -131,6 +213,46 @@ def test_a_dead_mount_of_ours_is_cleared_away(daemon, slash):
     RUN.record_pid(one.pid)
     lines = [line for line in read("/proc/self/mountinfo").splitlines() if line.split()[4] == one.mount]
     assert len(lines) == 1
+
+
+def test_a_dead_mount_is_cleared_away_by_another_of_its_names(daemon):
+    one = daemon("backend=attach,address=127.0.0.1")
+    os.kill(one.pid, 9)
+    one.wait_end()
+    alias = one.mount + ".alias"
+    os.symlink(one.mount, alias)
+    subprocess.run(
+        [one.program, alias + "/", "-o", one.options], check=True, timeout=30, env=environment(), stderr=subprocess.DEVNULL
+    )
+    assert set(os.listdir(one.mount)) == {".defaults", ".new"}
+    one.pid = int(read(os.path.join(one.state, "lock")))
+    one.detached = True
+    RUN.record_pid(one.pid)
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("dead", [True, False])
+def test_of_many_that_start_at_once_one_mounts_and_the_others_are_told(daemon, dead):
+    one = daemon("backend=attach,address=127.0.0.1")
+    for _ in range(4):
+        os.kill(one.pid, 9)
+        one.wait_end()
+        if not dead:
+            one.unmount()
+        starts = [
+            subprocess.Popen(one.argv(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+            for _ in range(6)
+        ]
+        said = [start.communicate(timeout=60)[1] for start in starts]
+        one.pid = int(read(os.path.join(one.state, "lock")))
+        one.process, one.detached = None, True
+        RUN.record_pid(one.pid)
+        assert sorted(start.returncode != 0 for start in starts) == [False] + [True] * 5, said
+        for start, words in zip(starts, said):
+            assert start.returncode == 0 or f"process {one.pid}" in words, words
+        assert set(os.listdir(one.mount)) == {".defaults", ".new"}
+        # Who was refused has taken nothing away from who was not.
+        assert os.path.isdir(runtime_dir(one.state))
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -179,6 +301,141 @@ def test_a_record_that_cannot_be_read_is_kept_and_the_others_come_up(sshd, daemo
     assert one.vms() == ["good"]
 
 
+DAMAGES = {
+    "empty": lambda path, record: write(f"{path}/vm.json", ""),
+    "version": lambda path, record: write(f"{path}/vm.json", json.dumps({**record, "version": 2})),
+    "vmm": lambda path, record: write(f"{path}/vm.json", json.dumps({**record, "vmm": {"pid": "x"}})),
+    "no vmm": lambda path, record: write(f"{path}/vm.json", json.dumps({k: v for k, v in record.items() if k != "vmm"})),
+    "keys": lambda path, record: [write(f"{path}/{name}", "") for name in ("ssh_host_ed25519_key.pub", "known_hosts")],
+}
+
+
+@pytest.mark.deadline(300)
+@pytest.mark.parametrize("state", ["state", "state,with,commas"])
+def test_what_runs_for_a_damaged_record_is_ended_and_starts_once(daemon, state):
+    one = daemon(start=False)
+    one.options = one.options.replace("/state", "/" + state.replace(",", "\\,"))
+    one.state = one.state.replace("/state", "/" + state)
+    one.start()
+    damages = DAMAGES if state == "state" else {"empty": DAMAGES["empty"]}
+    vms = {}
+    for name in [*damages, "good"]:
+        os.mkdir(one.vm(name.replace(" ", "-")))
+        vms[name] = one.guest(name.replace(" ", "-"))
+    for vm in vms.values():
+        vm.wait("running", 200)
+    pids = {name: vm.qemu() for name, vm in vms.items()}
+    one.kill()
+    for name in damages:
+        path = f"{one.state}/vms/{vms[name].name}"
+        damages[name](path, json.loads(read(f"{path}/vm.json")))
+    one.start()
+    vms["good"].wait("running")
+    assert pid_alive(pids["good"])
+    for name in damages:
+        assert vms[name].status() == "failed", name
+        assert not pid_alive(pids[name]), name
+        assert "what ran was ended" in vms[name].error() and "not see" not in vms[name].error()
+    expected = {"empty": "it is empty", "version": "of version 2"}
+    for name in expected.keys() & damages.keys():
+        assert expected[name] in vms[name].error()
+    for name in list(damages)[:1] + ["keys"] * (len(damages) > 1):
+        write(vms[name] / "status", "running\n")
+        assert vms[name].exec("echo yes") == b"yes\n"
+    for vm in vms.values():
+        os.rmdir(vm.path)
+    wait_for(lambda: one.remains() == [], "nothing is left")
+
+
+@pytest.mark.deadline(240)
+def test_a_lost_public_key_is_no_end_of_a_vm(daemon):
+    one = daemon()
+    vm = one.boot("c")
+    pid = vm.qemu()
+    one.kill()
+    write(f"{one.state}/vms/c/ssh_host_ed25519_key.pub", "")
+    one.start()
+    vm.wait("running")
+    assert vm.qemu() == pid and vm.exec("echo yes") == b"yes\n"
+    write(vm / "status", "stopped\n")
+    write(vm / "status", "running\n")
+    assert vm.exec("echo yes") == b"yes\n"
+
+
+@pytest.mark.deadline(240)
+def test_without_descriptors_nothing_is_taken_for_ended(daemon):
+    one = daemon()
+    vms = one.boot("a", "b", "c")
+    pids = [vm.qemu() for vm in vms]
+    one.kill()
+    refusals = 0
+    for most in range(12, 24):
+        argv = ["sh", "-c", f"ulimit -n {most}; exec \"$@\"", "sh", *one.argv(), "-f"]
+        with Client(argv, env=environment()) as few:
+            wait_for(lambda: few.process.poll() is not None or mount_line(one.mount), "it mounts, or gives up", 30)
+            if mount_line(one.mount):
+                assert {vm.status() for vm in vms} <= {"running", "unreachable"}
+                few.signal(9)
+            out = few.result(20)[2]
+        one.unmount()
+        refusals += "cannot be taken over" in out and "ulimit" in out
+        assert all(map(pid_alive, pids)), out
+    assert refusals
+    one.start()
+    for vm, pid in zip(vms, pids):
+        vm.wait("running")
+        assert vm.qemu() == pid
+
+
+def test_a_second_damage_does_not_replace_what_was_kept_of_the_first(daemon):
+    one = daemon("backend=attach,boot_timeout=1")
+    vm = one.guest("v")
+    os.mkdir(vm.path)
+    path = f"{one.state}/vms/v/vm.json"
+    damaged = []
+    for content in (b"first", b"second", b""):
+        one.stop()
+        write(path, content)
+        damaged.append(content)
+        one.start()
+        kept = [read_bytes(f"{one.state}/vms/v/{n}") for n in os.listdir(f"{one.state}/vms/v") if "unreadable" in n]
+        assert sorted(kept) == sorted(damaged)
+        write(vm.env("A"), "1\n")  # so that there is a record
+    # A part of one: the rest is taken over, and the whole kept.
+    one.stop()
+    record = json.loads(read(path))
+    record["config"] |= {"memory": "weird", "protected": "maybe"}
+    record["variables"].append({"name": "1A"})
+    write(path, json.dumps(record))
+    for _ in range(2):
+        one.start()
+        kept = [read(f"{one.state}/vms/v/{n}") for n in os.listdir(f"{one.state}/vms/v") if "unreadable" in n]
+        assert json.dumps(record) in kept and len(kept) == 4
+        assert read(vm.env("A")) == "1\n"
+        assert read(vm / "config/memory") == "" and read(vm / "config/protected") == "no\n"
+        if _ == 0:
+            for word in ("memory", "weird", "protected", "maybe", "variables", "unreadable.3"):
+                assert word in vm.error(), vm.error()
+        one.kill()
+    one.start()
+
+
+def test_a_folder_with_the_record_of_another_vm_is_there_to_be_removed(daemon):
+    one = daemon("backend=attach,boot_timeout=1")
+    os.mkdir(one.vm("a"))
+    write(one.vm("a/env/A"), "1\n")
+    one.stop()
+    sh(f"cp -r '{one.state}/vms/a' '{one.state}/vms/b'")
+    one.start()
+    assert read(one.vm("a/env/A")) == "1\n"
+    assert read(one.vm("b/status")) == "failed\n"
+    assert "another VM, a" in read(one.vm("b/error"))
+    assert os.stat(one.vm("a")).st_ino != os.stat(one.vm("b")).st_ino
+    os.rmdir(one.vm("b"))
+    os.mkdir(one.vm("b"))
+    assert os.listdir(one.vm("b/env")) == []
+
+
 @pytest.mark.parametrize("place", ["defaults", "new/ci"])
 def test_a_damaged_record_of_what_is_prepared_is_kept(daemon, place):
     one = daemon("backend=attach,address=127.0.0.1")
@@ -193,19 +450,83 @@ def test_a_damaged_record_of_what_is_prepared_is_kept(daemon, place):
 
 
 @pytest.fixture
-def small(daemon, tmp_path):
-    """A daemon whose state directory is on a file system of its own, of 3 MiB."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", tmp_path], check=False).returncode:
-        pytest.fail("no tmpfs can be mounted")
-    one = daemon("backend=attach,address=127.0.0.1,boot_timeout=1", start=False)
-    one.options = one.options.replace(f"state={one.state}", f"state={tmp_path}/state")
-    one.state = f"{tmp_path}/state"
-    yield one.start()
-    if one.running():
-        for name in one.vms():
-            os.rmdir(one.vm(name))
-    one.stop()
-    subprocess.run(["umount", "-l", tmp_path], check=True)
+def on_a_disk_of(daemon, tmp_path):
+    """Starts a daemon whose state directory is on a file system of its own."""
+
+    def make(size, options):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", tmp_path], check=False).returncode:
+            pytest.fail("no tmpfs can be mounted")
+        one = daemon(options, start=False)
+        one.options = one.options.replace(f"state={one.state}", f"state={tmp_path}/state")
+        one.state = f"{tmp_path}/state"
+        made.append(one)
+        return one.start()
+
+    made = []
+    yield make
+    for one in made:
+        if one.running():
+            for name in one.vms():
+                os.rmdir(one.vm(name))
+        one.stop()
+        for pid in one.qemus():
+            kill_and_wait(pid)
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@contextlib.contextmanager
+def full_disk(one):
+    """The file system of its state directory has no byte left."""
+    ballast = os.path.join(os.path.dirname(one.state), "ballast")
+    with open(ballast, "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    try:
+        yield
+    finally:
+        os.unlink(ballast)
+
+
+@pytest.fixture
+def small(on_a_disk_of):
+    return on_a_disk_of("3m", "backend=attach,address=127.0.0.1,boot_timeout=1")
+
+
+@pytest.mark.deadline(300)
+def test_a_full_disk_keeps_a_vm_from_what_would_lose_its_variables(on_a_disk_of):
+    one = on_a_disk_of("60m", "stop_timeout=1")
+    vm = one.boot("w")
+    with full_disk(one):
+        write(vm.env("RUN"), "v\n")  # the guest has it, and the guest alone
+        for state in ("stopped", "paused"):
+            with refused("ENOSPC"):
+                write(vm / "status", f"{state}\n")
+            assert "disk" in vm.error() and "room" in vm.error()
+            wait_for(lambda: vm.status() == "running", "it is as it was", 5)
+        assert vm.value("RUN") == b"v"
+        write(vm.env("RUN"), "w\n")
+        vm.close()
+        one.kill()
+    one.start()
+    vm.wait("running")
+    assert read(vm.env("RUN")) == "w\n"
+    # The same from paused; and what is paused stays so.
+    write(vm / "status", "paused\n")
+    with full_disk(one):
+        for state in ("stopped", "running"):
+            with refused("ENOSPC"):
+                write(vm / "status", f"{state}\n")
+            assert vm.status() == "paused"
+    write(vm / "status", "stopped\n")
+    one.kill()
+    one.start()
+    assert (vm.status(), read(vm.env("RUN"))) == ("stopped", "w\n")
+    with full_disk(one):
+        with refused("ENOSPC"):
+            write(vm / "status", "running\n")
+        assert vm.status() == "stopped" and one.qemus() == []
+    write(vm / "status", "running\n")
+    assert vm.value("RUN") == b"w"
 
 
 def test_a_full_disk_is_enospc_and_the_old_state_stays(small):
@@ -214,11 +535,10 @@ def test_a_full_disk_is_enospc_and_the_old_state_stays(small):
     wait_for(lambda: vm.status() == "failed", "it has given up", 20)
     write(vm.env("A"), "old\n")
     write(small.vm(".defaults/env/D"), "old\n")
-    ballast = os.path.join(os.path.dirname(small.state), "ballast")
-    with open(ballast, "wb", buffering=0) as f, contextlib.suppress(OSError):
-        while True:
-            f.write(bytes(4096))
-    try:
+    write(small.vm(".defaults/forward"), "OLD\n")
+    os.mkdir(small.vm(".new/p"))
+    write(small.vm(".new/p/env/K"), "v\n")
+    with full_disk(small):
         for path in (vm.env("A"), small.vm(".defaults/env/D"), vm.env("NEW"), vm / "config/port"):
             with refused("ENOSPC"):
                 write(path, "77\n")
@@ -228,8 +548,22 @@ def test_a_full_disk_is_enospc_and_the_old_state_stays(small):
         assert read(vm / "config/port") == "22\n"
         assert not os.path.exists(vm.env("NEW"))
         assert "no room" in vm.error()
-    finally:
-        os.unlink(ballast)
+        # `forward` has no other value than that which was written, and says why.
+        with refused("ENOSPC"):
+            write(small.vm(".defaults/forward"), "NEW\n")
+        assert read(small.vm(".defaults/forward")) == "OLD\n"
+        assert "forward" in read(small.vm(".defaults/error")) and "room" in read(small.vm(".defaults/error"))
+        # A rename takes no room.
+        os.rename(small.vm(".new/p"), small.vm(".new/z"))
+        assert os.listdir(small.vm(".new")) == ["z"]
+        small.kill()
+        with contextlib.suppress(OSError):
+            os.unlink(f"{small.state}/log")
+    small.start()
+    assert read(small.vm(".new/z/env/K")) == "v\n"
+    assert read(small.vm(".defaults/forward")) == "OLD\n"
+    os.rmdir(small.vm(".new/z"))
+    wait_for(lambda: vm.status() != "booting", "it has settled")
     write(vm.env("A"), "new\n")
     small.kill()
     small.start()

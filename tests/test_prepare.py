@@ -142,7 +142,7 @@ def test_what_is_required_and_missing_refuses_the_vm(machines):
     done = sh(f"mv '{machines.vm('.new/agent')}' '{machines.vm('agent')}'", check=False)
     assert done.returncode != 0
     assert "TOKEN" in read(machines.vm(".new/agent/error"))
-    assert "error" in os.listdir(machines.vm(".new/agent"))
+    assert "error" not in os.listdir(machines.vm(".new/agent")), "a copy would have it"
     write(machines.vm(".new/agent/config/env_file"), env_file(machines, "r"))
     sh(f"mv '{machines.vm('.new/agent')}' '{machines.vm('agent')}'", PASSWORD="pw")
     assert variables(boot(machines, "agent")) == {"PASSWORD": "pw"}
@@ -153,13 +153,20 @@ def test_a_refused_boot_leaves_what_was_prepared(mount):
     try:
         write(mount.vm(".new/bad/env/KEPT"), "x\n")
         write(mount.vm(".new/bad/config/image"), "no-such-image\n")
-        with refused("EINVAL"):
+        with refused("ENODEV"):
             os.rename(mount.vm(".new/bad"), mount.vm("bad"))
         assert "no-such-image" in read(mount.vm(".new/bad/error"))
         assert read(mount.vm(".new/bad/env/KEPT")) == "x\n"
         assert not os.path.exists(mount.vm("bad"))
-        with refused("EINVAL"):
-            os.rename(mount.vm(".new/bad"), mount.vm("-bad"))
+        for bad in ("-bad", ".new/-bad"):
+            with refused("EPERM"):
+                os.rename(mount.vm(".new/bad"), mount.vm(bad))
+            assert "does not begin with -" in read(mount.vm(".new/bad/error"))
+            done = sh(f"mv '{mount.vm('.new/bad')}' '{mount.vm(bad)}'", check=False)
+            assert done.returncode != 0 and b"itself" not in done.stderr
+        # GNU mv takes EINVAL for a move into itself.
+        done = sh(f"mv '{mount.vm('.new/bad')}' '{mount.vm('bad')}'", check=False)
+        assert done.returncode != 0 and b"itself" not in done.stderr, done.stderr
     finally:
         shutil.rmtree(mount.vm(".new/bad"))
     assert not os.path.exists(mount.vm(".new/bad"))
@@ -181,7 +188,7 @@ def test_an_existing_vm_is_not_replaced(vm):
         os.rmdir(mount.vm(".new/again"))
 
 
-@pytest.mark.parametrize("text", ["1A\n", "A B\n", "OK\nMY-VAR\n", "required\n1\n", "required A|\n", "A=1\n"])
+@pytest.mark.parametrize("text", ["1A\n", "UID\n", "OK\nrequired A|PPID\n", "A B\n", "OK\nMY-VAR\n", "required\n1\n", "required A|\n", "A=1\n"])
 def test_bad_lines_of_forward_are_refused_and_named(mount, text):
     before = read(mount.vm(".defaults/forward"))
     with refused("EINVAL"):
@@ -229,6 +236,168 @@ def test_everything_that_is_prepared_outlives_the_daemon(daemon):
     one.start()
     assert os.listdir(one.vm(".new")) == []
     assert os.listdir(os.path.join(one.state, "new")) == []
+
+
+def test_a_rename_of_what_is_prepared_outlives_the_daemon(daemon):
+    one = daemon("backend=attach")
+    for i in range(5):
+        os.mkdir(one.vm(f".new/p{i}"))
+        write(one.vm(f".new/p{i}/env/K"), f"v{i}\n")
+        os.rename(one.vm(f".new/p{i}"), one.vm(f".new/z{i}"))
+        os.kill(one.pid, 9)
+        one.wait_end()
+        one.unmount()
+        one.start()
+        assert read(one.vm(f".new/z{i}/env/K")) == f"v{i}\n"
+        os.mkdir(one.vm(f".new/p{i}"))
+        os.rmdir(one.vm(f".new/p{i}"))
+    assert sorted(os.listdir(one.vm(".new"))) == [f"z{i}" for i in range(5)]
+    # A folder that somebody has copied is another.
+    one.stop()
+    shutil.copytree(f"{one.state}/new/z0", f"{one.state}/new/copy")
+    one.start()
+    assert read(one.vm(".new/copy/env/K")) == "v0\n"
+    assert os.stat(one.vm(".new/copy")).st_ino != os.stat(one.vm(".new/z0")).st_ino
+
+
+def test_a_refused_template_can_be_copied(machines, tmp_path):
+    write(machines.vm(".defaults/forward"), "required TOKEN\n")
+    os.mkdir(machines.vm(".new/a"))
+    write(machines.vm(".new/a/env/K"), "v\n")
+    with refused("ENODEV"):
+        os.rename(machines.vm(".new/a"), machines.vm("a"))
+    m = machines.mount
+    assert "TOKEN" in read(machines.vm(".new/a/error"))
+    sh(f"cp -r '{m}/.new/a' '{m}/.new/b' && cp -r '{m}/.new/a' '{tmp_path}/saved' && cp -r '{tmp_path}/saved' '{m}/.new/c'")
+    assert read(machines.vm(".new/b/env/K")) == read(machines.vm(".new/c/env/K")) == "v\n"
+    assert read(machines.vm(".new/b/error")) == "" and not os.path.exists(tmp_path / "saved/error")
+
+
+@pytest.fixture
+def template(tmp_path):
+    folder = tmp_path / "template"
+    (folder / "env").mkdir(parents=True)
+    (folder / "config").mkdir()
+    (folder / "env/K").write_text("v\n")
+    (folder / "config/vcpus").write_text("3\n")
+    (folder / "forward").write_text("TOKEN\nrequired A|B\n")
+    return folder
+
+
+FILLERS = {
+    "tar": 'tar -C "$T" -cf - . | tar -C "$N" -xf -',
+    "tar of one file": 'cp -r "$T/env" "$T/config" "$N"; tar -C "$T" -cf - forward | tar -C "$N" -xf -',
+    "install": 'for f in forward env/K config/vcpus; do install "$T/$f" "$N/$f"; done',
+    "cp --remove-destination": 'cp -r --remove-destination "$T/." "$N"',
+    "cp -a": 'rmdir "$N"; cp -a "$T" "$N"',
+    "mv": 'rmdir "$N"; cp -r "$T" "$T.2"; mv "$T.2" "$N"',
+    "rsync": 'rsync -a "$T/" "$N"',
+    "read-only": 'chmod -R a-w "$T"; rmdir "$N"; cp -r "$T" "$N"; chmod -R u+w "$T"',
+    "copytree": "/usr/bin/python3 -c 'import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)' \"$T\" \"$N\"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILLERS)
+def test_a_template_is_filled_in_by_any_tool(mount, template, name):
+    new = mount.vm(".new/filled")
+    os.mkdir(new)
+    try:
+        sh(FILLERS[name], seconds=20, T=str(template), N=new)
+        assert read(f"{new}/forward") == "TOKEN\nrequired A|B\n"
+        assert read(f"{new}/env/K") == "v\n"
+        assert read(f"{new}/config/vcpus") == "3\n"
+        assert set(os.listdir(new)) == {"env", "config", "forward"}
+    finally:
+        shutil.rmtree(new)
+
+
+EDITS = {
+    "sed -i.bak": ('sed -i.bak s/A/Z/ "$F"; cat "$F.bak"; rm "$F.bak"', "Z\nB\n"),
+    "mv and back": ('mv "$F" "$F.old"; sed s/A/Z/ "$F.old" > "$F.tmp"; mv "$F.tmp" "$F"; rm "$F.old"', "Z\nB\n"),
+    "truncate -s 0": ('truncate -s 0 "$F"', ""),
+    "truncate -s 2": ('truncate -s 2 "$F"', "A\n"),
+    ": >": (': > "$F"', ""),
+    ">>": ('echo C >> "$F"', "A\nB\nC\n"),
+    "vim": ('vim -es -u NONE "+%s/A/Z/" "+wq" "$F"', "Z\nB\n"),
+    "python r+": (
+        "/usr/bin/python3 -c 'import sys\nf = open(sys.argv[1], \"r+\")\nf.write(\"C\")\nf.truncate()\nf.close()' \"$F\"",
+        "C",
+    ),
+    "in pieces": ("/usr/bin/python3 -c 'import os, sys\nf = open(sys.argv[1], \"wb\", 0)\nf.write(b\"LO\")\nf.write(b\"NG\\n\")' \"$F\"", "LONG\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_forward_is_edited_as_any_file(mount, name):
+    new = mount.vm(".new/edited")
+    os.mkdir(new)
+    try:
+        script, expected = EDITS[name]
+        write(f"{new}/forward", "A\nB\n")
+        sh("set -e; " + script, seconds=20, F=f"{new}/forward", TERM="dumb", HOME="/nonexistent")
+        wait_for(lambda: read(f"{new}/forward") == expected, f"{read(f'{new}/forward')!r} is {expected!r}", 3)
+        assert set(os.listdir(new)) == {"env", "config", "forward"}
+        with refused("EINVAL"):
+            os.truncate(f"{new}/forward", 100)
+        fd = os.open(f"{new}/forward", os.O_WRONLY | os.O_TRUNC)
+        with refused("EINVAL"):
+            os.write(fd, b"1A\n")
+        with refused("EINVAL"):  # nothing is taken behind a line that was refused
+            os.write(fd, b"OK\n")
+        os.close(fd)
+        assert read(f"{new}/forward") == expected
+    finally:
+        os.rmdir(new)
+
+
+def test_what_is_required_may_be_in_env(machines):
+    m = machines.mount
+    sh(f"cp -r '{PRESETS}/openclaw' '{m}/.new/claw' && echo '{env_file(machines, 'claw')}' > '{m}/.new/claw/config/env_file'")
+    write(f"{m}/.new/claw/env/OPENCLAW_GATEWAY_TOKEN", "\n")
+    with refused("ENODEV"):  # an empty one is none
+        os.rename(f"{m}/.new/claw", f"{m}/claw")
+    assert "OPENCLAW_GATEWAY_TOKEN or OPENCLAW_GATEWAY_PASSWORD" in read(f"{m}/.new/claw/error")
+    write(f"{m}/.new/claw/env/OPENCLAW_GATEWAY_TOKEN", "tok\n")
+    sh(f"mv '{m}/.new/claw' '{m}/claw'")
+    assert variables(boot(machines, "claw"))["OPENCLAW_GATEWAY_TOKEN"] == "tok"
+    # Also what the one of the two forwards for the other.
+    write(machines.vm(".defaults/forward"), "required TOKEN\n")
+    write(machines.vm(".defaults/env/TOKEN"), "t\n")
+    assert make(machines, "plain").returncode == 0
+
+
+def test_what_cannot_be_forwarded_is_named(machines):
+    write(machines.vm(".defaults/forward"), "LARGE\n")
+    for i in range(8):
+        write(machines.vm(f".defaults/env/FULL{i}"), "f" * 130_000)
+    done = make(machines, "large", LARGE="x" * 100_000)
+    assert done.returncode != 0
+    assert "LARGE" in read(machines.vm(".defaults/error")) and "xxx" not in read(machines.log)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"memory": "16"}, ["16 MiB"]),
+        ({"image": "no-such"}, ["no-such"]),
+        ({"backend": "attach"}, ["config/address"]),
+        ({"backend": "attach", "address": "127.0.0.1", "key": "/no/such/key"}, ["/no/such/key"]),
+        ({"backend": "attach", "address": "127.0.0.1", "host_key": "/no/such/host_key"}, ["/no/such/host_key"]),
+    ],
+)
+def test_a_boot_that_can_be_known_to_fail_leaves_what_was_prepared(mount, config, words):
+    new = mount.vm(".new/x")
+    os.mkdir(new)
+    try:
+        for name, value in config.items():
+            write(f"{new}/config/{name}", value + "\n")
+        with refused("ENODEV"):
+            os.rename(new, mount.vm("x"))
+        for word in words:
+            assert word in read(f"{new}/error")
+        assert not os.path.exists(mount.vm("x"))
+    finally:
+        os.rmdir(new)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -1,13 +1,15 @@
 """status: the desired state, pausing, and who watches it."""
 
+import contextlib
 import os
 import select
 import signal
+import subprocess
 import time
 
 import pytest
 
-from harness import Client, read, refused, sh, takes_at_most, wait_for, write
+from harness import Client, environment, read, refused, sh, takes_at_most, wait_for, write
 from test_jobs import Job
 
 
@@ -154,3 +156,168 @@ def test_words_that_are_no_desired_state_are_refused(vm, word):
         write(vm / "status", word + "\n")
     assert "running" in vm.error() and "paused" in vm.error() and "stopped" in vm.error()
     assert vm.status() == "running"
+
+
+def test_a_change_between_reading_and_polling_is_seen(attached):
+    vm = attached()
+    fd = os.open(vm / "status", os.O_RDONLY)
+    try:
+        assert os.pread(fd, 100, 0) == b"running\n"
+        write(vm / "status", "stopped\n")
+        poll = select.poll()
+        poll.register(fd, select.POLLPRI)
+        assert poll.poll(3000), "it has changed since it was read"
+        assert os.pread(fd, 100, 0) == b"stopped\n"
+        assert poll.poll(100) == []
+        # Who does not poll reads how it is.
+        other = os.open(vm / "status", os.O_RDONLY)
+        assert os.pread(other, 100, 0) == b"stopped\n"
+        write(vm / "status", "running\n")
+        assert os.pread(other, 100, 0) == b"running\n"
+        os.close(other)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("other", ["running", "stopped"])
+def test_who_asks_for_the_opposite_is_told_that_he_will_not_have_it(daemon, other):
+    one = daemon()
+    vm = one.guest("both")
+    os.mkdir(vm.path)
+    with Client(["bash", "-c", f"echo paused > '{vm / 'status'}'"]) as client:
+        client.waits()
+        write(vm / "status", f"{other}\n")
+        status, _, words = client.result(10)
+    assert status != 0 and ("busy" in words or other == "stopped"), words
+    assert vm.status() == other
+    if other == "running":
+        assert "not paused" in vm.error()
+
+
+@pytest.mark.deadline(200)
+def test_a_stop_ends_a_pause_that_has_begun(daemon):
+    one = daemon("stop_timeout=1")
+    vm = one.boot("busy")
+    os.kill(vm.qemu(), signal.SIGSTOP)  # QMP does not answer
+    try:
+        with Client(f"echo paused > '{vm / 'status'}'") as pause, Client(f"echo stopped > '{vm / 'status'}'") as stop:
+            assert stop.result(30)[0] == 0
+            assert pause.result(10)[0] != 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            for pid in one.qemus():
+                os.kill(pid, signal.SIGCONT)
+    write(vm / "status", "running\n")
+    write(vm / "status", "paused\n")
+    assert vm.status() == "paused"
+
+
+@pytest.mark.deadline(200)
+def test_to_go_on_without_ssh_has_a_deadline_and_words(daemon):
+    one = daemon("timeout=2")
+    vm = one.boot("mute")
+    with contextlib.suppress(OSError):
+        write(vm / "exec", "(ip link set eth0 down; echo it-is-mute > /dev/console) > /dev/null 2>&1 &")
+    wait_for(lambda: "it-is-mute" in read(vm / "console"), "its network is down", 20)
+    write(vm / "status", "paused\n")
+    one.kill()
+    one.start()
+    with refused("ETIMEDOUT"), takes_at_most(10):
+        write(vm / "status", "running\n")
+    assert vm.status() == "unreachable"
+    assert "not answer" in vm.error()
+    # The stop of one that does not answer takes as long as it takes.
+    write(vm / "config/stop_timeout", "4\n")
+    write(vm / "status", "stopped\n")
+    assert vm.status() == "stopped"
+
+
+def test_who_does_not_answer_from_the_start_has_words(attached):
+    vm = attached(options="timeout=1")
+    one = vm.daemon
+    one.kill()
+    vm.sshd.stop()
+    one.start()
+    assert vm.status() == "unreachable"
+    wait_for(lambda: "does not answer" in vm.error(), "it is told", 20)
+
+
+# --- tools that replace a file ---
+
+TOOLS = {
+    "cp": 'cp "$T/new" "$F"',
+    "cp -a": 'cp -a "$T/new" "$F"',
+    "cp --remove-destination": 'cp --remove-destination "$T/new" "$F"',
+    "install": 'install -m 644 "$T/new" "$F"',
+    "mv": 'mv "$T/new" "$F"',
+    "tee": 'tee "$F" < "$T/new"',
+    "sed -i": 'sed -i s/running/stopped/ "$F"',
+    "sed -i.bak": 'sed -i.bak s/running/stopped/ "$F"; grep running "$F.bak"; rm "$F.bak"',
+    "rename": 'cp "$T/new" "$F.tmp"; mv "$F.tmp" "$F"',
+    "rsync": 'rsync -a "$T/new" "$F"',
+    "tar": 'mv "$T/new" "$T/status"; tar -C "$T" -cf - status | tar -C "$(dirname "$F")" -xf -',
+    "ansible": 'ansible localhost -c local -m copy -a "content=\'stopped\\n\' dest=$F" > "$T/log" || { cat "$T/log"; exit 1; }',
+    "ansible unsafe": 'ansible localhost -c local -m copy -a "content=\'stopped\\n\' dest=$F unsafe_writes=true" > "$T/log"',
+    "puppet": 'set +e; puppet apply --detailed-exitcodes --confdir "$T/p" --vardir "$T/p"'
+              ' -e "file { \'$F\': content => \\"stopped\\n\\" }" > "$T/log" 2>&1; [ $? = 2 ] || { cat "$T/log"; exit 1; }',
+}  # fmt: skip
+
+
+def run_tool(vm, folder, script):
+    return subprocess.run(
+        ["dash", "-c", "set -e; " + script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=100,
+        env=environment({
+            "F": vm / "status", "T": str(folder), "HOME": str(folder), "TMPDIR": str(folder),
+            "ANSIBLE_LOCALHOST_WARNING": "0", "ANSIBLE_NOCOLOR": "1", "ANSIBLE_HOME": str(folder / "ansible"),
+            "ANSIBLE_LOCAL_TEMP": str(folder / "ansible"), "ANSIBLE_REMOTE_TEMP": str(folder / "ansible"),
+            "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3", "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
+        }),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """One that every tool stops and starts again."""
+    from harness import Daemon, Sshd
+
+    server = Sshd().start()
+    one = Daemon(server.options()).start()
+    yield one.boot("machine")
+    one.clear()
+    server.stop()
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_tools_set_the_state_as_they_change_any_file(machine, tmp_path, name):
+    write(machine / "status", "running\n")
+    (tmp_path / "new").write_text("stopped\n")
+    os.utime(tmp_path / "new", (1_600_000_000, 1_600_000_000))
+    before = sorted(os.listdir(machine.path))
+    done = run_tool(machine, tmp_path, TOOLS[name])
+    assert done.returncode == 0, done
+    assert machine.status() == "stopped"
+    assert sorted(os.listdir(machine.path)) == before
+    # A second run finds it so.
+    if name.startswith("ansible"):
+        assert b"CHANGED" in (tmp_path / "log").read_bytes()
+        assert run_tool(machine, tmp_path, TOOLS[name]).returncode == 0
+        assert b"SUCCESS" in (tmp_path / "log").read_bytes()
+
+
+def test_a_rename_that_brings_no_state_fails_and_leaves_all_as_it_was(machine):
+    write(machine / "status", "running\n")
+    write(machine / "status.tmp", "off\n")
+    with refused("EINVAL"):
+        os.rename(machine / "status.tmp", machine / "status")
+    assert "running, paused or stopped" in machine.error()
+    assert machine.status() == "running" and read(machine / "status.tmp") == "off\n"
+    os.unlink(machine / "status.tmp")
+    # And one that waits is told when it is so.
+    write(machine / "status", "stopped\n")
+    write(machine / "status.tmp", "running\n")
+    os.rename(machine / "status.tmp", machine / "status")
+    assert machine.status() == "running"

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -98,7 +99,7 @@ static const struct {
      "how long temporary files of tools live unused (" NUMBER(DEFAULT_SCRATCH_TIMEOUT) ")"},
     {"-o output_max=BYTES", "how much of a command's output is kept (1G)"},
     {"-o log_level=error|warning|info|debug", "what is logged; debug: each request, too (info)"},
-    {"-o ephemeral", "destroy all VMs at unmount"},
+    {"-o ephemeral", "destroy the VMs of this mount with it"},
 };
 
 void options_print_help(void) {
@@ -391,48 +392,64 @@ void options_free_arguments(struct options *options) {
     fuse_opt_free_args(&args);
 }
 
-/* Clears away what a daemon of ours that was killed has left mounted there. Its state directory
- * says whether it still lives, not its mount. */
-static bool clear_dead_mount(const char *path) {
-    const char *const unmount[] = {"fusermount3", "-uz", path, NULL};
-    size_t length = strlen(path);
+static bool mount_is_dead(const char *path) {
+    struct stat st;
+    struct statfs fs;
+    /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its
+     * daemon lives. */
+    return (stat(path, &st) < 0 || statfs(path, &fs) < 0) && errno == ENOTCONN;
+}
+
+/* Is what is mounted there of a daemon of ours? The last entry is on top. */
+static bool mount_is_ours(const char *path) {
     bool ours = false;
-    while (length > 1 && path[length - 1] == '/')
-        length--;
     struct mntent *entry;
     FILE *mounts = setmntent("/proc/self/mounts", "r");
     if (!mounts)
         return false;
     while ((entry = getmntent(mounts)))
-        if (strlen(entry->mnt_dir) == length &&
-            memcmp(entry->mnt_dir, path, length) == 0) /* the last one is on top */
+        if (strcmp(entry->mnt_dir, path) == 0)
             ours = strcmp(entry->mnt_type, "fuse.vmsfs") == 0;
     endmntent(mounts);
-    if (!ours || fs_run(unmount) < 0)
+    return ours;
+}
+
+/* Clears away what a daemon of ours that was killed has left mounted there. Of several that start
+ * at once one does, while it has the lock of the state directory itself: what the next finds is no
+ * longer dead, or not yet there. */
+static bool clear_dead_mount(const char *path, const char *state_dir) {
+    cleanup_free char *copy = strdup(path), *real = NULL;
+    for (size_t n = copy ? strlen(copy) : 0; n > 1 && copy[n - 1] == '/'; n--)
+        copy[n - 1] = '\0'; /* else realpath() would look into it */
+    real = copy ? realpath(copy, NULL) : NULL;
+    const char *const unmount[] = {"fusermount3", "-uz", real, NULL};
+    cleanup_close int lock = open(state_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (lock >= 0)
+        flock(lock, LOCK_EX);
+    if (!real || !mount_is_dead(real))
+        return real; /* another has */
+    if (!mount_is_ours(real) || fs_run(unmount) < 0)
         return false;
     fprintf(stderr, "vmsfs: %s was still the mount of a daemon that has died: cleared away\n",
             path);
     return true;
 }
 
-static bool check_mountpoint(const char *path) {
+static bool check_mountpoint(const char *path, const char *state_dir) {
     struct stat st;
-    struct statfs fs;
-    /* statfs(2): the kernel may know the attributes of what is mounted there for longer than its
-     * daemon lives. */
-    if (stat(path, &st) == 0 && statfs(path, &fs) == 0) {
-        if (S_ISDIR(st.st_mode))
-            return true;
-        errno = ENOTDIR;
-    }
-    if (errno == ENOTCONN && clear_dead_mount(path))
-        return check_mountpoint(path);
-    if (errno == ENOTCONN)
+    if (mount_is_dead(path) && !clear_dead_mount(path, state_dir)) {
         fprintf(stderr,
                 "vmsfs: %s is the mount of a daemon that has died: clear it away with "
                 "fusermount3 -uz %s\n",
                 path, path);
-    else if (errno == ENOENT)
+        return false;
+    }
+    if (stat(path, &st) == 0) {
+        if (S_ISDIR(st.st_mode))
+            return true;
+        errno = ENOTDIR;
+    }
+    if (errno == ENOENT)
         fprintf(stderr, "vmsfs: there is no %s: make it with mkdir\n", path);
     else
         fprintf(stderr, "vmsfs: %s is not a directory that can be used: %s\n", path,
@@ -455,7 +472,8 @@ bool options_check(const struct options *options, char **ret_backend) {
     cleanup_free char *why = NULL;
     /* What mount(8) has opened and mounted already is neither looked for nor opened. */
     if (strncmp(options->settings.mountpoint, "/dev/fd/", 8) != 0 &&
-        (!check_mountpoint(options->settings.mountpoint) || !check_device()))
+        (!check_mountpoint(options->settings.mountpoint, options->settings.state_dir) ||
+         !check_device()))
         return false;
     if (vmm_find(config->backend, &backend, &why) < 0)
         return option_say_why("-o backend", why);

@@ -1,12 +1,10 @@
 #include "tree/prepared.h"
 
-#include <fcntl.h>
 #include <stdio.h> /* RENAME_… */
 #include <stdlib.h>
 #include <string.h>
 
 #include "tree/guest_wait.h"
-#include "tree/text.h"
 #include "tree/tree.h"
 #include "util/errors.h"
 #include "vm/prepare.h"
@@ -213,128 +211,3 @@ void prepared_create_vm(struct node *root, const char *name, struct node *new_di
     request_wait(rq, CREATE_MS, prepared_cancel, c);
     prepare_create(d, name, prepared ? prepare_find(d, prepared) : NULL, &asker, &c->wait);
 }
-
-/* ---- forward ---- */
-
-static void forward_stat(const struct node *node, struct node_stat *ret_stat) {
-    node_stat_init(node, ret_stat);
-    ret_stat->st.st_ino = node_inode(node->vm, vmdir_slot(node->row));
-    ret_stat->st.st_mode = node->row->mode;
-    ret_stat->st.st_size = (off_t)node->vm->forward.len;
-    ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
-}
-
-static void forward_open(struct node *node, int flags, struct request *rq) {
-    struct text_handle *h = calloc(1, sizeof *h);
-    const struct buf *forward = &node->vm->forward;
-    if (!h) {
-        request_answer(rq, -ERR_NO_MEMORY);
-        return;
-    }
-    handle_init(&h->handle, node, flags);
-    if (!(flags & O_TRUNC) || (flags & O_ACCMODE) == O_RDONLY)
-        buf_append(&h->text, forward->data ? forward->data : "", forward->len);
-    request_answer_opened(rq, &h->handle);
-}
-
-static void forward_saved(void *arg, int status, struct request *rq) {
-    if (status < 0)
-        request_answer(rq, status);
-    else
-        request_answer_written(rq, (size_t)(uintptr_t)arg);
-}
-
-/* Every piece is checked and holds at once, together with those before it. */
-static void forward_write(struct handle *handle, const char *data, size_t length, off_t offset,
-                          struct request *rq) {
-    struct text_handle *h = (struct text_handle *)handle;
-    struct vm *vm = handle->node->vm;
-    struct buf text = {0};
-    size_t at = (handle->flags & O_APPEND) || offset < 0 ? h->text.len : (size_t)offset;
-    if (at > h->text.len) {
-        request_answer(rq, -ERR_INVALID);
-        return;
-    }
-    buf_append(&text, h->text.data ? h->text.data : "", at);
-    buf_append(&text, data, length);
-    if (h->text.len > text.len)
-        buf_append(&text, h->text.data + text.len, h->text.len - text.len);
-    struct vm_wait *wait = text.failed ? NULL
-                                       : guest_wait(handle->node, "forward", forward_saved,
-                                                    (void *)(uintptr_t)length, rq);
-    if (text.failed)
-        request_answer(rq, -ERR_NO_MEMORY);
-    if (!wait) {
-        buf_free(&text);
-        return;
-    }
-    int r = prepare_set_forward(vm, text.data, text.len, wait);
-    if (r < 0) {
-        buf_free(&text);
-        guest_wait_settle(wait, r);
-        return;
-    }
-    buf_free(&h->text);
-    h->text = text;
-}
-
-struct forward_nobody {
-    struct vm_wait wait;
-};
-
-static void forward_forgotten(struct vm_wait *wait, int status) {
-    (void)status;
-    free(LIST_OWNER(wait, struct forward_nobody, wait));
-}
-
-/* Emptied, and nothing written. */
-static void forward_release(struct handle *handle) {
-    struct text_handle *h = (struct text_handle *)handle;
-    struct vm *vm = handle->node->vm;
-    bool emptied =
-        (handle->flags & O_TRUNC) && (handle->flags & O_ACCMODE) != O_RDONLY && !h->text.data;
-    struct forward_nobody *nobody = emptied && !vm->gone ? calloc(1, sizeof *nobody) : NULL;
-    if (nobody) {
-        nobody->wait.done = forward_forgotten;
-        list_init(&nobody->wait.link);
-        if (prepare_set_forward(vm, "", 0, &nobody->wait) < 0)
-            free(nobody);
-    }
-    text_release(handle);
-}
-
-static void forward_taken(void *arg, int status, struct request *rq) {
-    (void)arg;
-    request_answer(rq, status);
-}
-
-void forward_create(struct node *dir, const struct node_row *row, int flags, struct request *rq) {
-    struct node *node = node_child(dir, row->name, row->ops, row, dir->vm);
-    struct text_handle *h = node ? calloc(1, sizeof *h) : NULL;
-    if (!h) {
-        if (node)
-            node_unref(node);
-        request_answer(rq, -ERR_NO_MEMORY);
-        return;
-    }
-    handle_init(&h->handle, node, flags | O_TRUNC);
-    request_answer_created(rq, node, &h->handle);
-}
-
-void forward_take(struct node *dir, const struct node_row *row, const char *data, size_t length,
-                  struct request *rq) {
-    (void)row;
-    struct vm_wait *wait = guest_wait(dir, "forward", forward_taken, NULL, rq);
-    int r = wait ? prepare_set_forward(dir->vm, data, length, wait) : 0;
-    if (r < 0)
-        guest_wait_settle(wait, r);
-}
-
-const struct node_ops forward_ops = {
-    .stat = forward_stat,
-    .open = forward_open,
-    .read = text_read,
-    .write = forward_write,
-    .release = forward_release,
-    .setattr = node_setattr_ignore,
-};

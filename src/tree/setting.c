@@ -23,9 +23,7 @@ struct setting_handle {
 };
 
 void setting_print(const struct vm *vm, const struct config_setting *setting, struct buf *out) {
-    config_print(&vm->config, setting, out);
-    if (out->len)
-        buf_append_char(out, '\n');
+    vm_print_setting(vm, setting, out);
 }
 
 static struct vm_config_file *setting_file(const struct node *node) {

@@ -21,3 +21,13 @@ uint64_t node_inode(const struct vm *vm, uint64_t slot);
 
 /* The slot of a row in its VM's directory. */
 uint64_t vmdir_slot(const struct node_row *row);
+
+/* A scratch beside the files of a VM's directory has become what one of them holds, by rename. */
+struct scratch;
+void vmdir_take_scratch(struct node *dir, struct scratch *scratch, const char *name);
+
+/* ID/status is put in place by rename: a desired state, as if it were written. */
+void status_take(struct node *dir, const struct node_row *row, struct scratch *scratch,
+                 struct request *rq);
+/* It has been removed, and is created anew. */
+void status_create(struct node *dir, const struct node_row *row, int flags, struct request *rq);

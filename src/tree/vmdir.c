@@ -74,10 +74,9 @@ static const struct node_row *vmdir_row(const struct vm *vm, const char *name) {
     return NULL;
 }
 
-/* A copy of what is prepared is to have no `error` unless there is one. */
+/* A copy of what is prepared, here or elsewhere, is to have no `error`: it is read by its name. */
 static bool vmdir_lists(const struct vm *vm, const struct node_row *row) {
-    return vmdir_has(vm, row) &&
-           (vm->role == VM_ORDINARY || row->generate != vmdir_error || vm->error.len);
+    return vmdir_has(vm, row) && (vm->role == VM_ORDINARY || row->generate != vmdir_error);
 }
 
 static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
@@ -94,16 +93,31 @@ static void vmdir_stat(const struct node *node, struct node_stat *ret_stat) {
 
 /* mv, install and tar remove the target, and then create it anew, insisting that it is not there.
  */
-#define VMDIR_ENVIRON_AWAY_MS 250
+#define VMDIR_AWAY_MS 250
 
-static bool vmdir_environ_is_away(const struct vm *vm) {
-    return vm->environ_removed &&
-           uv_now(vm->daemon->loop) - vm->environ_removed < VMDIR_ENVIRON_AWAY_MS;
+/* When a file that can be replaced so was last removed; NULL: it cannot. */
+static uint64_t *vmdir_removed(struct vm *vm, const struct node_row *row) {
+    return row->ops == &environ_ops   ? &vm->environ_removed
+           : row->ops == &forward_ops ? &vm->forward_removed
+           : row->ops == &status_ops  ? &vm->status_removed
+                                      : NULL;
+}
+
+static bool vmdir_is_away(struct vm *vm, const struct node_row *row) {
+    const uint64_t *removed = vmdir_removed(vm, row);
+    return removed && *removed && uv_now(vm->daemon->loop) - *removed < VMDIR_AWAY_MS;
+}
+
+static void vmdir_leave(struct node *dir, const struct node_row *row) {
+    uint64_t *removed = vmdir_removed(dir->vm, row);
+    if (removed)
+        *removed = uv_now(dir->vm->daemon->loop);
+    node_forget_child(dir, row->name);
 }
 
 static int vmdir_lookup(struct node *dir, const char *name, struct node **ret_node) {
     const struct node_row *row = vmdir_row(dir->vm, name);
-    if (dir->vm->gone || (row && row->ops == &environ_ops && vmdir_environ_is_away(dir->vm)) ||
+    if (dir->vm->gone || (row && vmdir_is_away(dir->vm, row)) ||
         (row && prepare_hides(dir->vm, vmdir_slot(row))))
         return -ERR_NOT_FOUND;
     if (!row) {
@@ -134,7 +148,16 @@ static int vmdir_list(struct node *dir, struct node_list *list) {
     return dir->vm->gone ? 0 : scratch_list(dir, dir->vm->vm_scratch, list);
 }
 
-/* Temporary files of tools that replace `environ`. */
+/* Beside one that tools replace? */
+static bool vmdir_wants_scratch(const char *name, int flags) {
+    static const char *const replaced[] = {"environ", "forward", "status"};
+    for (size_t i = 0; i < sizeof replaced / sizeof *replaced; i++)
+        if (scratch_is_wanted_beside(replaced[i], name, flags))
+            return true;
+    return false;
+}
+
+/* Files that have been removed, and the temporary ones of tools that replace them. */
 static void vmdir_create(struct node *dir, const char *name, int flags, mode_t mode,
                          struct request *rq) {
     const struct node_row *row = vmdir_row(dir->vm, name);
@@ -145,9 +168,9 @@ static void vmdir_create(struct node *dir, const char *name, int flags, mode_t m
     else if (row && row->ops == &forward_ops) {
         prepare_show(dir->vm, vmdir_slot(row));
         forward_create(dir, row, flags, rq);
-    } else if (scratch_is_wanted_beside("environ", name, flags) ||
-               scratch_is_wanted_beside("forward", name, flags) ||
-               scratch_find(dir->vm->vm_scratch, name))
+    } else if (row && row->ops == &status_ops)
+        status_create(dir, row, flags, rq);
+    else if (vmdir_wants_scratch(name, flags) || scratch_find(dir->vm->vm_scratch, name))
         scratch_create(dir, dir->vm->vm_scratch, name, flags, mode & 0700, rq);
     else
         request_answer(rq, -ERR_NOT_PERMITTED);
@@ -169,48 +192,76 @@ static void vmdir_mkdir(struct node *dir, const char *name, mode_t mode, struct 
         request_answer(rq, -ERR_NOT_PERMITTED);
 }
 
-/* `sed -i.bak` moves environ away before it puts the new one there: the other name gets a copy. */
-static int vmdir_copy_environ(struct node *dir, const char *new_name) {
+static int vmdir_print(struct vm *vm, const struct node_row *row, struct buf *out) {
+    if (row->ops == &environ_ops)
+        return environ_print(vm, out);
+    if (row->ops == &forward_ops)
+        buf_append(out, vm->forward.data ? vm->forward.data : "", vm->forward.len);
+    else
+        buf_printf(out, "%s\n", vm_state_name(vm->state));
+    return out->failed;
+}
+
+/* `sed -i.bak` moves a file away before it puts the new one there: the other name gets a copy. */
+static int vmdir_copy(struct node *dir, const struct node_row *row, const char *new_name,
+                      unsigned flags) {
     cleanup_buf struct buf text = {0};
     struct scratch *copy = scratch_find(dir->vm->vm_scratch, new_name);
-    int r = environ_print(dir->vm, &text);
+    if (copy && (copy->directory || (flags & RENAME_NOREPLACE)))
+        return copy->directory ? -ERR_IS_A_DIRECTORY : -ERR_EXISTS;
+    int r = vmdir_print(dir->vm, row, &text);
     if (r == 0 && !copy)
         r = scratch_make(dir->vm->vm_scratch, new_name, false, 0600, &copy);
     if (r == 0)
         r = scratch_resize(copy, 0);
-    return r < 0 ? r : scratch_write(copy, text.data ? text.data : "", text.len, 0);
+    if (r == 0)
+        r = scratch_write(copy, text.data ? text.data : "", text.len, 0);
+    if (r == 0)
+        vmdir_leave(dir, row);
+    return r;
+}
+
+void vmdir_take_scratch(struct node *dir, struct scratch *scratch, const char *name) {
+    node_forget_child(dir, name);
+    if (!scratch->table)
+        return;
+    node_remove_child(dir, scratch->name);
+    scratch_remove(scratch);
+}
+
+/* A rename of scratch onto a file. */
+static void vmdir_replace(struct node *dir, struct scratch *scratch, const struct node_row *to,
+                          unsigned flags, struct request *rq) {
+    if (!vmdir_removed(dir->vm, to) || (flags & RENAME_EXCHANGE))
+        request_answer(rq, -ERR_NOT_PERMITTED);
+    else if ((flags & RENAME_NOREPLACE) && !vmdir_is_away(dir->vm, to))
+        request_answer(rq, -ERR_EXISTS);
+    else if (scratch->directory)
+        request_answer(rq, -ERR_NOT_A_DIRECTORY);
+    else if (to->ops == &environ_ops)
+        environ_take_scratch(dir, scratch, to, rq);
+    else if (to->ops == &forward_ops)
+        forward_take(dir, to, scratch, rq);
+    else
+        status_take(dir, to, scratch, rq);
 }
 
 static void vmdir_rename(struct node *dir, const char *name, struct node *new_dir,
                          const char *new_name, unsigned flags, struct request *rq) {
     const struct node_row *from = vmdir_row(dir->vm, name), *to = vmdir_row(dir->vm, new_name);
     struct scratch *scratch = dir->vm->gone ? NULL : scratch_find(dir->vm->vm_scratch, name);
-    if (new_dir->ops != dir->ops || new_dir->vm != dir->vm) {
+    if (new_dir->ops != dir->ops || new_dir->vm != dir->vm)
         request_answer(rq, -ERR_CROSS_DEVICE);
-    } else if (!scratch && !from) {
+    else if (!scratch && !from)
         request_answer(rq, -ERR_NOT_FOUND);
-    } else if (from && from->ops == &environ_ops && !to && flags == 0) {
-        int r = vmdir_copy_environ(dir, new_name);
-        node_forget_child(dir, name);
-        request_answer(rq, r);
-    } else if (to && to->ops == &forward_ops && scratch && !scratch->directory && flags == 0) {
-        forward_take(dir, to, scratch->content.data ? scratch->content.data : "",
-                     scratch->content.len, rq);
-        node_remove_child(dir, name);
-        node_forget_child(dir, new_name);
-        scratch_remove(scratch);
-    } else if (from || (to && (to->ops != &environ_ops || (flags & RENAME_EXCHANGE)))) {
+    else if (from && vmdir_removed(dir->vm, from) && !to && !(flags & RENAME_EXCHANGE))
+        request_answer(rq, vmdir_copy(dir, from, new_name, flags));
+    else if (from)
         request_answer(rq, -ERR_NOT_PERMITTED);
-    } else if (to) {
-        if (flags & RENAME_NOREPLACE)
-            request_answer(rq, -ERR_EXISTS);
-        else if (scratch->directory)
-            request_answer(rq, -ERR_NOT_A_DIRECTORY);
-        else
-            environ_take_scratch(dir, scratch, to, rq);
-    } else {
+    else if (to)
+        vmdir_replace(dir, scratch, to, flags, rq);
+    else
         scratch_rename_node(dir, dir->vm->vm_scratch, scratch, new_name, flags, rq);
-    }
 }
 
 /* Removing a built-in file succeeds and changes nothing, so that `rm -r ID` gets to the rmdir that
@@ -227,13 +278,12 @@ static void vmdir_unlink(struct node *dir, const char *name, struct request *rq)
         request_answer(rq, -ERR_IS_A_DIRECTORY);
         return;
     }
-    if (row && !dir->vm->gone && vm_guards(dir->vm, rq->pid, row->ops != &environ_ops)) {
+    if (row && !dir->vm->gone && vm_guards(dir->vm, rq->pid, !vmdir_removed(dir->vm, row))) {
         request_answer(rq, -ERR_NOT_PERMITTED);
         return;
     }
-    if (row && row->ops == &environ_ops)
-        dir->vm->environ_removed = uv_now(dir->vm->daemon->loop);
-    node_forget_child(dir, name);
+    if (row)
+        vmdir_leave(dir, row);
     request_answer(rq, row ? 0 : -ERR_NOT_FOUND);
 }
 

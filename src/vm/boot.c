@@ -34,7 +34,7 @@ static int boot_fail(struct vm_boot *boot, const char *what, const char *path, i
     free(boot->result.why);
     if (asprintf(&boot->result.why, "%s %s: %s", what, path, strerror(-error)) < 0)
         boot->result.why = NULL;
-    return boot->result.status = -ERR_GONE;
+    return boot->result.status = error == -ENOSPC || error == -EDQUOT ? -ERR_NO_ROOM : -ERR_GONE;
 }
 
 int boot_read_public_key(const char *path, struct buf *ret_blob) {
@@ -42,6 +42,15 @@ int boot_read_public_key(const char *path, struct buf *ret_blob) {
     const char *wrong;
     int r = fs_read(path, 4096, &text);
     return r < 0 ? r : host_key_parse(text.data ? text.data : "", text.len, ret_blob, &wrong);
+}
+
+static bool boot_has_host_key(const char *path, const char *public_path) {
+    cleanup_buf struct buf blob = {0};
+    struct stat st;
+    if (stat(path, &st) < 0 || st.st_size == 0)
+        return false;
+    int r = boot_read_public_key(public_path, &blob);
+    return r != -ENOENT && r != -ERR_INVALID;
 }
 
 /* The host key is made once and stays with the VM: a client that has learned it finds it again. */
@@ -52,10 +61,11 @@ static int boot_host_key(struct vm_boot *boot, struct buf *ret_private) {
         asprintf(&public_path, "%s.pub", path) < 0 ||
         asprintf(&known_hosts, "%s/known_hosts", boot->dir) < 0)
         return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
-    if (access(public_path, R_OK) < 0) {
+    if (!boot_has_host_key(path, public_path)) {
         const char *const keygen[] = {"ssh-keygen", "-q",     "-t", "ed25519", "-N", "",
                                       "-C",         boot->id, "-f", path,      NULL};
-        unlink(path); /* half of a pair */
+        unlink(path); /* half of a pair, or what has become of one */
+        unlink(public_path);
         int r = fs_run(keygen);
         if (r < 0)
             return boot_fail(boot, "ssh-keygen (package openssh-client) could not make", path, r);

@@ -41,8 +41,8 @@ const struct config_setting config_settings[CONFIG_SETTINGS] = {
     {CONFIG_FIELD(idle_timeout), .kind = CONFIG_SECONDS, .least = 0, .most = 31536000,
      .standard = "0", .help = "stops a VM that nobody uses for so long; 0: never",
      .flags = CONFIG_LIVE},
-    {CONFIG_FIELD(image), .kind = CONFIG_TEXT, .least = 1, .most = PATH_MAX - 1, .standard = "tiny",
-     .help = "a folder's name, or its path"},
+    {CONFIG_FIELD(image), .kind = CONFIG_IMAGE, .least = 1, .most = PATH_MAX - 1,
+     .standard = "tiny", .help = "a folder's name, or its path"},
     {CONFIG_FIELD(key), .kind = CONFIG_HOST_PATH, .standard = "", .otherwise = "the daemon's own",
      .help = "private key for a machine to attach"},
     {CONFIG_FIELD(lifetime), .kind = CONFIG_SECONDS, .least = 0, .most = 31536000, .standard = "0",
@@ -176,6 +176,16 @@ static void host_path_explain(const struct config_setting *s, struct buf *out) {
     buf_append_str(out, "the absolute path of a file on the host");
 }
 
+static bool image_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
+    return line_is_valid(s, text, ret_number) &&
+           (text[0] == '/' || (text[0] != '.' && !strchr(text, '/')));
+}
+
+static void image_explain(const struct config_setting *s, struct buf *out) {
+    (void)s;
+    buf_append_str(out, "one line, the name of an image's folder or its absolute path");
+}
+
 /* `:` and `%` are for IPv6. */
 static bool host_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
     (void)s, (void)ret_number;
@@ -223,6 +233,7 @@ static const struct {
     [CONFIG_CHOICE] = {"WORD", false, choice_is_valid, choice_explain},
     [CONFIG_PATH] = {"PATH", false, path_is_valid, path_explain},
     [CONFIG_HOST_PATH] = {"FILE", false, host_path_is_valid, host_path_explain},
+    [CONFIG_IMAGE] = {"NAME", false, image_is_valid, image_explain},
     [CONFIG_HOST_NAME] = {"HOST", false, host_is_valid, host_explain},
     [CONFIG_USER_NAME] = {"NAME", false, user_is_valid, user_explain},
     [CONFIG_CPU_MODEL] = {"MODEL", false, cpu_is_valid, cpu_explain},
@@ -405,8 +416,8 @@ static int config_load_one(struct vm_config *config, const struct config_setting
 }
 
 int config_load(struct vm_config *config, const json_t *saved, char **ret_why) {
+    cleanup_buf struct buf all = {0};
     int status = 0;
-    *ret_why = NULL;
     for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
         const struct config_setting *s = &config_settings[i];
         const json_t *value = json_object_get(saved, s->name);
@@ -416,9 +427,11 @@ int config_load(struct vm_config *config, const json_t *saved, char **ret_why) {
             r = config_load_one(config, s, value, &why);
         if (r >= 0)
             continue;
-        free(*ret_why);
-        *ret_why = why;
+        if (why)
+            buf_printf(&all, "%s%s", all.len ? "; " : "", why);
+        free(why);
         status = r;
     }
+    *ret_why = all.len ? buf_steal(&all, NULL) : NULL;
     return status;
 }

@@ -48,6 +48,7 @@ enum config_kind {
     CONFIG_USER_NAME, /* of a user in the guest */
     CONFIG_CPU_MODEL, /* with features behind commas */
     CONFIG_HOST_NAME, /* or an address */
+    CONFIG_IMAGE,     /* a folder's name, or its absolute path */
 };
 
 enum {
@@ -102,5 +103,5 @@ const char *config_placeholder(const struct config_setting *setting);
 json_t *config_save(const struct vm_config *config);
 
 /* Takes over what config_save() gave; what it does not name is at its default. -ERR_INVALID: some
- * values were not accepted and are at their defaults; *ret_why is about the last of them. */
+ * values were not accepted and are at their defaults; *ret_why is about them all. */
 int config_load(struct vm_config *config, const json_t *saved, char **ret_why);

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +19,7 @@
 #include "vm/console.h"
 #include "vm/control.h"
 #include "vm/prepare.h"
+#include "vm/record.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
 #include "vmm/vmm.h"
@@ -61,6 +63,24 @@ static int daemon_sign_lock(const struct daemon *d) {
     return 0;
 }
 
+/* Who has the lock signs it in the next moment; what was there before is of a daemon that has died.
+ */
+#define LOCK_SIGNED_MS 1000
+#define LOCK_STEP_MS 10
+
+static pid_t daemon_lock_owner(const struct daemon *d) {
+    for (unsigned waited = 0;; waited += LOCK_STEP_MS) {
+        char text[32] = "";
+        pid_t owner =
+            pread(d->lock_fd, text, sizeof text - 1, 0) > 0 ? (pid_t)strtol(text, NULL, 10) : 0;
+        if (owner > 0 && (kill(owner, 0) == 0 || errno == EPERM))
+            return owner;
+        if (waited >= LOCK_SIGNED_MS)
+            return 0;
+        nanosleep(&(struct timespec){.tv_nsec = LOCK_STEP_MS * 1000000L}, NULL);
+    }
+}
+
 static int daemon_lock(struct daemon *d, char **ret_why) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/lock", d->settings.state_dir) < 0)
@@ -68,15 +88,18 @@ static int daemon_lock(struct daemon *d, char **ret_why) {
     d->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (d->lock_fd < 0)
         return daemon_fail(ret_why, -errno, "cannot open", path);
-    char owner[32] = "";
     if (flock(d->lock_fd, LOCK_EX | LOCK_NB) == 0)
         return daemon_sign_lock(d);
-    if (pread(d->lock_fd, owner, sizeof owner - 1, 0) > 0)
-        owner[strspn(owner, "0123456789")] = '\0';
+    pid_t owner = daemon_lock_owner(d);
+    char process[32] = "unknown";
+    close(d->lock_fd);
+    d->lock_fd = -1; /* what is in these directories is another's */
+    if (owner)
+        snprintf(process, sizeof process, "%d", (int)owner);
     if (asprintf(ret_why,
                  "another vmsfs (process %s) uses the state directory %s: unmount that one first, "
                  "or choose another directory with -o state=DIR",
-                 owner[0] ? owner : "unknown", d->settings.state_dir) < 0)
+                 process, d->settings.state_dir) < 0)
         *ret_why = NULL;
     close(d->lock_fd);
     d->lock_fd = -1; /* what it protects is not ours to clear away */
@@ -107,9 +130,10 @@ static int daemon_key(struct daemon *d, char **ret_why) {
     return d->key_public ? 0 : -ENOMEM;
 }
 
-/* Calls `visit` with the path of each folder in STATE/`name`. */
+/* Calls `visit` with the path of each folder in STATE/`name`; a negative return ends it. */
 static int daemon_each(struct daemon *d, const char *name,
-                       void (*visit)(struct daemon *d, const char *path), char **ret_why) {
+                       int (*visit)(struct daemon *d, const char *path, char **ret_why),
+                       char **ret_why) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/%s", d->settings.state_dir, name) < 0)
         return -ENOMEM;
@@ -119,29 +143,33 @@ static int daemon_each(struct daemon *d, const char *name,
     DIR *dir = opendir(path);
     if (!dir)
         return daemon_fail(ret_why, -errno, "cannot read", path);
-    for (struct dirent *entry; (entry = readdir(dir));) {
+    for (struct dirent *entry; r >= 0 && (entry = readdir(dir));) {
         cleanup_free char *one = NULL;
         if (entry->d_name[0] != '.' && asprintf(&one, "%s/%s", path, entry->d_name) >= 0)
-            visit(d, one);
+            r = visit(d, one, ret_why);
     }
     closedir(dir);
-    return 0;
+    return r;
 }
 
-static void daemon_load_one(struct daemon *d, const char *path) {
+static int daemon_load_one(struct daemon *d, const char *path, char **ret_why) {
     const char *name = strrchr(path, '/') + 1;
-    struct vm *vm = vm_load(d, path);
-    if (!vm && vm_id_is_valid(name))
-        vm = vm_load_unreadable(d, name, path);
-    if (!vm) {
+    cleanup_free char *why = NULL;
+    struct vm *vm;
+    if (!vm_id_is_valid(name)) {
         log_error("%s holds no VM; it is left alone", path);
-        return;
+        return 0;
     }
-    if (strcmp(name, vm->id) != 0 || vm_find(d, vm->id)) {
-        log_error("%s is the record of another VM, %s; it is left alone", path, vm->id);
-        vm_release(vm);
-        return;
+    int r = vm_load(d, path, name, VM_ORDINARY, &vm, &why);
+    if (record_lacks_resources(r)) {
+        *ret_why = why;
+        why = NULL;
+        return r;
     }
+    if (r < 0)
+        vm = vm_load_unreadable(d, path, name, VM_ORDINARY, why);
+    if (!vm)
+        return -ENOMEM;
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     registry_add(d, vm);
@@ -150,22 +178,74 @@ static void daemon_load_one(struct daemon *d, const char *path) {
     if (vm->ephemeral) {
         log_info("%s: its mount, which was ephemeral, has ended", vm->id);
         vm_destroy(vm, NULL);
-        return;
+        return 0;
     }
     if (vm->boot_again && vm_boot(vm) < 0)
         log_error("%s: cannot be booted", vm->id);
+    return 0;
 }
 
 /* VMs whose destruction a killed daemon did not finish. */
-static void daemon_clear_one(struct daemon *d, const char *path) {
-    struct vm *vm = vm_load(d, path);
+static int daemon_clear_one(struct daemon *d, const char *path, char **ret_why) {
+    cleanup_free char *why = NULL;
+    struct vm *vm;
     uint64_t number = strtoull(strrchr(path, '/') + 1, NULL, 10);
+    (void)ret_why;
     if (number > d->last_number && number < UINT32_MAX)
         d->last_number = number;
-    if (vm)
+    int r = vm_load(d, path, NULL, VM_ORDINARY, &vm, &why);
+    if (r == 0)
         vm_destroy(vm, NULL);
-    else
+    else if (record_lacks_resources(r))
+        log_error("%s is left to the next start: %s", path, why ? why : strerror(-r));
+    else /* what ran had been ended before it came here */
         fs_remove_all(path);
+    return 0;
+}
+
+/* Those who have none are given one when all that are taken are known. */
+static void daemon_number(struct daemon *d) {
+    struct vm *vm;
+    if (!d->defaults->number)
+        d->defaults->number = ++d->last_number;
+    RB_FOREACH(vm, vm_index, &d->prepared) {
+        if (!vm->number)
+            vm->number = ++d->last_number;
+    }
+    RB_FOREACH(vm, vm_index, &d->vms) {
+        if (!vm->number)
+            vm->number = ++d->last_number;
+    }
+}
+
+static bool daemon_runs_number(const struct daemon *d, uint64_t number) {
+    struct vm *vm;
+    struct vm_index *vms = (struct vm_index *)(uintptr_t)&d->vms;
+    RB_FOREACH(vm, vm_index, vms) {
+        if (vm->vmm && vm->number == number)
+            return true;
+    }
+    for (const struct list *l = d->ending.next; l != &d->ending; l = l->next) {
+        vm = LIST_OWNER(l, struct vm, ending);
+        if (vm->vmm && vm->number == number)
+            return true;
+    }
+    return false;
+}
+
+/* Sockets are called by the number of their VM. Of those whose VMM was not taken over, nobody else
+ * knows any more. */
+static void daemon_sweep_sockets(const struct daemon *d) {
+    DIR *dir = opendir(d->settings.runtime_dir);
+    if (!dir)
+        return;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        char *end;
+        uint64_t number = strtoull(entry->d_name, &end, 10);
+        if (end != entry->d_name && *end == '.' && !daemon_runs_number(d, number))
+            unlinkat(dirfd(dir), entry->d_name, 0);
+    }
+    closedir(dir);
 }
 
 #define HOUSEKEEPING_MS 1000
@@ -215,12 +295,16 @@ int daemon_open(struct daemon *d, char **ret_why) {
         r = daemon_own_directory(d->settings.runtime_dir, ret_why);
     if (r == 0)
         r = daemon_key(d, ret_why);
-    if (r == 0 && (r = prepare_load(d)) < 0)
+    if (r == 0 && (r = prepare_load(d, ret_why)) < 0 && !*ret_why)
         daemon_fail(ret_why, r, "cannot bring back what is prepared in", d->settings.state_dir);
     if (r == 0)
         r = daemon_each(d, "vms", daemon_load_one, ret_why);
     if (r == 0)
         r = daemon_each(d, "trash", daemon_clear_one, ret_why);
+    if (r == 0) {
+        daemon_number(d);
+        daemon_sweep_sockets(d);
+    }
     return r < 0 ? r : daemon_start_housekeeping(d);
 }
 
@@ -251,10 +335,13 @@ bool daemon_is_idle(const struct daemon *d) {
     return true;
 }
 
-void daemon_destroy_all(struct daemon *d) {
-    struct vm *vm;
-    while ((vm = RB_MIN(vm_index, &d->vms)))
-        vm_destroy(vm, NULL);
+void daemon_end_session(struct daemon *d) {
+    struct vm *vm, *next;
+    for (vm = RB_MIN(vm_index, &d->vms); vm; vm = next) {
+        next = RB_NEXT(vm_index, &d->vms, vm);
+        if (vm->ephemeral)
+            vm_destroy(vm, NULL);
+    }
 }
 
 void daemon_close(struct daemon *d) {

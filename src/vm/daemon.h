@@ -27,7 +27,7 @@ struct settings {
     unsigned scratch_timeout; /* ms that a temporary file lives without being used */
     uint64_t output_max;      /* bytes that are kept of a command's output */
     bool verbose_boot;
-    bool ephemeral; /* destroy every VM at unmount */
+    bool ephemeral; /* what is made on this mount is destroyed with it */
 };
 
 RB_HEAD(vm_index, vm);
@@ -66,8 +66,9 @@ bool daemon_is_settled(const struct daemon *d);
 void daemon_end_commands(struct daemon *d);
 bool daemon_is_idle(const struct daemon *d);
 
-/* Begins to destroy all VMs (ephemeral). */
-void daemon_destroy_all(struct daemon *d);
+/* Begins to destroy the VMs that were made by this mount, if it is ephemeral: not those that it has
+ * found, which are others' to end. */
+void daemon_end_session(struct daemon *d);
 
 /* Lets go of everything; VMs that run go on running. What is left to do (files that are being
  * written) is done by running the loop until it is empty; after that daemon_free(). */

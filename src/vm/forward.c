@@ -46,20 +46,44 @@ static int forward_next(const char **text, size_t *left, struct line *ret_line) 
     return 1;
 }
 
-int forward_check(const char *text, size_t length, char **ret_why) {
+/* Takes the next name off a line's; NULL: there is none. The caller frees it. */
+static char *line_next_name(struct line *line) {
+    size_t length = 0;
+    if (!line->length)
+        return NULL;
+    while (length < line->length && line->names[length] != '|')
+        length++;
+    char *name = strndup(line->names, length);
+    length += length < line->length;
+    line->names += length;
+    line->length -= length;
+    return name;
+}
+
+int forward_check(const char *text, size_t length, bool (*is_reserved)(const char *name),
+                  char **ret_why) {
     cleanup_buf struct buf why = {0};
     struct line line;
-    for (size_t number = 1; length; number++) {
-        if (forward_next(&text, &length, &line) >= 0)
-            continue;
-        buf_printf(&why,
-                   "line %zu of forward takes the name of a variable, or `required` and one or "
-                   "several names with | between them",
-                   number);
-        *ret_why = buf_steal(&why, NULL);
-        return -ERR_INVALID;
+    for (size_t number = 1; length && !why.len; number++) {
+        int kind = forward_next(&text, &length, &line);
+        if (kind < 0)
+            buf_printf(&why,
+                       "line %zu of forward takes the name of a variable, or `required` and one or "
+                       "several names with | between them",
+                       number);
+        while (kind > 0 && line.length && !why.len) {
+            cleanup_free char *name = line_next_name(&line);
+            if (name && is_reserved(name))
+                buf_printf(&why,
+                           "line %zu of forward: the guest's shells keep the name %s for "
+                           "themselves, and setting it would end them",
+                           number, name);
+        }
     }
-    return 0;
+    if (!why.len)
+        return 0;
+    *ret_why = buf_steal(&why, NULL);
+    return -ERR_INVALID;
 }
 
 bool forward_is_empty(const char *text, size_t length) {
@@ -85,48 +109,50 @@ static const char *environ_find(const char *list, size_t left, const char *name,
     return NULL;
 }
 
-static int forward_one(const struct line *line, const char *list, size_t list_length,
-                       forward_set *set, void *arg, bool *ret_found) {
-    const char *end = line->names + line->length;
-    *ret_found = false;
-    for (const char *name = line->names; name < end;) {
-        size_t length = strcspn(name, "|"), value_length = 0;
-        if (length > (size_t)(end - name))
-            length = (size_t)(end - name);
-        const char *value = environ_find(list, list_length, name, length, &value_length);
-        if (value && value_length) {
-            cleanup_free char *copy = strndup(name, length);
-            int r = copy ? set(arg, copy, value, value_length) : -ERR_NO_MEMORY;
+int forward_apply(const char *text, size_t length, const char *list, size_t list_length,
+                  forward_set *set, void *arg) {
+    struct line line;
+    while (length) {
+        if (forward_next(&text, &length, &line) <= 0)
+            continue;
+        while (line.length) {
+            size_t value_length = 0;
+            cleanup_free char *name = line_next_name(&line);
+            const char *value =
+                name ? environ_find(list, list_length, name, strlen(name), &value_length) : NULL;
+            int r = !name ? -ERR_NO_MEMORY : value_length ? set(arg, name, value, value_length) : 0;
             if (r < 0)
                 return r;
-            *ret_found = true;
         }
-        name += length + 1;
     }
     return 0;
 }
 
-int forward_apply(const char *text, size_t length, const char *list, size_t list_length,
-                  forward_set *set, void *arg, char **ret_why) {
+static void forward_explain(struct line line, char **ret_why) {
+    cleanup_buf struct buf why = {0};
+    buf_append_str(&why, "neither env/ nor the environment of the calling process has ");
+    for (const char *between = ""; line.length; between = " or ") {
+        cleanup_free char *name = line_next_name(&line);
+        buf_printf(&why, "%s%s", between, name ? name : "?");
+    }
+    buf_append_str(&why, ", which `forward` requires");
+    *ret_why = buf_steal(&why, NULL);
+}
+
+int forward_require(const char *text, size_t length, bool (*has)(void *arg, const char *name),
+                    void *arg, char **ret_why) {
     struct line line;
-    bool found;
     while (length) {
-        if (forward_next(&text, &length, &line) <= 0)
+        if (forward_next(&text, &length, &line) <= 0 || !line.required)
             continue;
-        int r = forward_one(&line, list, list_length, set, arg, &found);
-        if (r < 0)
-            return r;
-        if (line.required && !found) {
-            cleanup_buf struct buf why = {0};
-            buf_append_str(&why, "the environment of the calling process has no ");
-            for (size_t i = 0; i < line.length; i++) {
-                if (line.names[i] == '|')
-                    buf_append_str(&why, " and no ");
-                else
-                    buf_append_char(&why, line.names[i]);
-            }
-            buf_append_str(&why, ", which `forward` requires");
-            *ret_why = buf_steal(&why, NULL);
+        struct line names = line;
+        bool found = false;
+        while (names.length && !found) {
+            cleanup_free char *name = line_next_name(&names);
+            found = name && has(arg, name);
+        }
+        if (!found) {
+            forward_explain(line, ret_why);
             return -ERR_INVALID;
         }
     }

@@ -1,5 +1,6 @@
 #include "vm/vm.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "util/cleanup.h"
@@ -8,21 +9,46 @@
 
 /* What ends a VM without being asked, and what keeps it from being destroyed. */
 
-#define GUARD_MS 60000 /* for how long a remover is remembered */
+#define GUARD_MS 60000  /* for how long a remover is remembered */
+#define GUARD_MOST 1024 /* removers; while there are so many, anybody may be one */
+
+static void guard_forget(struct vm *vm, uint64_t now) {
+    size_t kept = 0;
+    for (size_t i = 0; i < vm->remover_count; i++)
+        if (now - vm->removers[i].since < GUARD_MS)
+            vm->removers[kept++] = vm->removers[i];
+    vm->remover_count = kept;
+}
+
+static struct vm_remover *guard_find(struct vm *vm, pid_t pid) {
+    for (size_t i = 0; i < vm->remover_count; i++)
+        if (vm->removers[i].pid == pid)
+            return &vm->removers[i];
+    return NULL;
+}
+
+static void guard_note(struct vm *vm, pid_t pid, uint64_t now) {
+    struct vm_remover *remover = guard_find(vm, pid), *more;
+    if (!remover && vm->remover_count < GUARD_MOST &&
+        (more = realloc(vm->removers, (vm->remover_count + 1) * sizeof *more))) {
+        vm->removers = more;
+        remover = &vm->removers[vm->remover_count++];
+    }
+    if (remover)
+        *remover = (struct vm_remover){pid, now};
+}
 
 bool vm_guards(struct vm *vm, pid_t pid, bool whole) {
     uint64_t now = uv_now(vm->daemon->loop);
     if (vm->role != VM_ORDINARY || strcmp(vm->config.protected, "yes") != 0)
         return false;
-    if (whole) {
-        vm->remover = pid;
-        vm->remover_since = now;
-        vm_fail(vm, -ERR_NOT_PERMITTED,
-                "%s is protected, and was not removed: `echo no > config/protected` allows it",
-                vm->id);
-        return true;
-    }
-    return vm->remover && vm->remover == pid && now - vm->remover_since < GUARD_MS;
+    guard_forget(vm, now);
+    if (!whole)
+        return vm->remover_count == GUARD_MOST || guard_find(vm, pid);
+    guard_note(vm, pid, now);
+    vm_fail(vm, -ERR_NOT_PERMITTED,
+            "%s is protected, and was not removed: `echo no > config/protected` allows it", vm->id);
+    return true;
 }
 
 void vm_use(struct vm *vm) {
@@ -44,10 +70,17 @@ static bool life_is_over(const struct vm *vm, struct buf *why) {
     return true;
 }
 
+#define LIFE_AGAIN_MS 30000
+
+/* It could not be stopped (a full disk): it is tried again, but not every second. */
+static bool life_was_refused(const struct vm *vm) {
+    return vm->stop_refused && uv_now(vm->daemon->loop) - vm->stop_refused < LIFE_AGAIN_MS;
+}
+
 void vm_check_life(struct vm *vm) {
     cleanup_buf struct buf why = {0};
-    if ((vm->state != VM_RUNNING && vm->state != VM_PAUSED) || !vm->running_since.tv_sec ||
-        !life_is_over(vm, &why))
+    bool runs = vm->state == VM_RUNNING || vm->state == VM_PAUSED || vm->state == VM_UNREACHABLE;
+    if (!runs || !vm->running_since.tv_sec || life_was_refused(vm) || !life_is_over(vm, &why))
         return;
     vm_fail(vm, -ERR_GONE, "%s is stopped: %s; `echo running > status` starts it again", vm->id,
             why.failed ? "its time is over" : why.data);

@@ -79,9 +79,21 @@ static void machine_advise(const struct vm *vm, int status, bool trusted, struct
         buf_printf(out, ". It is that of config/host_key, %s", vm->config.host_key);
 }
 
+/* One that did not answer when this daemon found it, or when it went on from a pause, has no words
+ * about it yet. */
+static void machine_note_silence(struct vm *vm, int status, const char *why) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    bool said = vm->error.len && vm->error_time.tv_sec >= vm->changed.tv_sec;
+    unsigned patience = vm->daemon->settings.timeout / 1000;
+    if (vm->state == VM_UNREACHABLE && !said && now.tv_sec - vm->changed.tv_sec > patience)
+        vm_fail(vm, status, "%s does not answer: %s; it is tried again", vm->id, why);
+}
+
 void machine_no_answer(struct vm *vm, int status, bool trusted, const char *why) {
     struct buf text = {0};
     log_debug("%s: no connection yet: %s", vm->id, why);
+    machine_note_silence(vm, status, why);
     buf_append_str(&text, why);
     if (machine_is_existing(vm))
         machine_advise(vm, status, trusted, &text);

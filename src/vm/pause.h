@@ -7,5 +7,6 @@
 int vm_pause(struct vm *vm);
 int vm_resume(struct vm *vm);
 
-/* It is stopped, or has ended, while it was paused. */
+/* It is stopped, or has ended, while it was paused; or it is not stopped after all. */
 void vm_end_pause(struct vm *vm);
+void vm_hold_pause(struct vm *vm);

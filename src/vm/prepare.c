@@ -16,10 +16,11 @@
 #include "util/log.h"
 #include "vm/forward.h"
 #include "vm/image.h"
+#include "vm/machine.h"
+#include "vm/record.h"
 #include "vm/vars.h"
 #include "vmm/vmm.h"
 
-#define FORWARD_LIMIT 65536
 #define ENVIRON_LIMIT (8 << 20) /* more than the kernel lets a process have by default */
 
 struct vm *prepare_find(struct daemon *d, const char *name) {
@@ -94,8 +95,10 @@ int prepare_rename(struct vm *vm, const char *name) {
     struct daemon *d = vm->daemon;
     char *dir = prepare_path(d, name), *id = strdup(name);
     int r = 0;
-    if (!vm_id_is_valid(name))
-        r = -ERR_INVALID;
+    if (!vm_id_is_valid(name)) /* not EINVAL: see creation_check() */
+        r = vm_fail(vm, -ERR_NOT_PERMITTED,
+                    "a VM's name is of letters, digits and -, 63 at most, and does not begin with "
+                    "-");
     else if (prepare_find(d, name))
         r = -ERR_EXISTS;
     else if (vm->saving)
@@ -115,27 +118,76 @@ int prepare_rename(struct vm *vm, const char *name) {
     vm->dir = dir;
     vm->id = id;
     RB_INSERT(vm_index, &d->prepared, vm);
-    vm_save(vm);
-    return 0;
+    return 0; /* its folder says how it is called */
+}
+
+/* A change of `forward`: it holds at once, is acknowledged when the record is on the disk, and
+ * taken back if that fails. */
+struct forward_change {
+    struct vm_wait save;
+    struct vm *vm;            /* a reference */
+    struct buf before, after; /* the texts */
+    struct list waits;        /* of vm_wait: who has asked, if he has not gone away */
+};
+
+static bool buf_is_same(const struct buf *a, const struct buf *b) {
+    return a->len == b->len && (!a->len || memcmp(a->data, b->data, a->len) == 0);
+}
+
+static void forward_saved(struct vm_wait *wait, int status) {
+    struct forward_change *change = LIST_OWNER(wait, struct forward_change, save);
+    struct vm *vm = change->vm;
+    if (status < 0 && !vm->gone) {
+        if (buf_is_same(&vm->forward, &change->after)) { /* else it has been changed since */
+            struct buf after = vm->forward;
+            vm->forward = change->before;
+            change->before = after;
+        }
+        vm_fail(vm, status,
+                "forward: the change could not be written to the host's disk, and was taken back: "
+                "%s",
+                error_text(status));
+    }
+    vm_wait_wake(&change->waits, status);
+    vm_unref(vm);
+    buf_free(&change->before);
+    buf_free(&change->after);
+    free(change);
+}
+
+int prepare_refuse_forward(struct vm *vm) {
+    return vm_fail(vm, -ERR_TOO_LARGE, "forward takes %d bytes at most", FORWARD_LIMIT);
 }
 
 int prepare_set_forward(struct vm *vm, const char *text, size_t length, struct vm_wait *wait) {
     cleanup_free char *why = NULL;
+    cleanup_buf struct buf copy = {0};
     if (vm->gone)
         return -ERR_GONE;
     if (length > FORWARD_LIMIT)
-        return vm_fail(vm, -ERR_TOO_LARGE, "forward takes %d bytes at most", FORWARD_LIMIT);
-    if (forward_check(text, length, &why) < 0)
+        return prepare_refuse_forward(vm);
+    if (forward_check(text, length, vm->guest->name_is_reserved, &why) < 0)
         return vm_fail(vm, -ERR_INVALID, "%s", why ? why : "");
-    cleanup_buf struct buf copy = {0};
+    struct forward_change *change = calloc(1, sizeof *change);
     buf_append(&copy, text, length);
-    if (copy.failed)
+    if (change)
+        buf_append(&change->after, text, length);
+    if (!change || copy.failed || change->after.failed) {
+        if (change)
+            buf_free(&change->after);
+        free(change);
         return -ERR_NO_MEMORY;
-    buf_free(&vm->forward);
+    }
+    change->save.done = forward_saved;
+    change->vm = vm_ref(vm);
+    change->before = vm->forward;
+    list_init(&change->waits);
+    if (wait)
+        list_append(&change->waits, &wait->link);
     vm->forward = copy;
     copy = (struct buf){0};
     clock_gettime(CLOCK_REALTIME, &vm->changed);
-    vm_save_for(vm, wait);
+    vm_save_for(vm, &change->save);
     return 0;
 }
 
@@ -190,24 +242,48 @@ static void creation_read_environ(struct creation *c) {
         c->status = -ERR_NO_MEMORY;
 }
 
-/* What can be known to be missing is said before anything is made. */
-static void creation_check(struct creation *c) {
+static int creation_refuse(struct creation *c, int status, const char *why) {
+    c->why = strdup(why);
+    return status;
+}
+
+/* What its backend needs. */
+static int creation_check_backend(const struct creation *c, char **ret_why) {
+    const struct vm_config *config = &c->config;
     const struct vmm_ops *backend;
+    cleanup_buf struct buf host_key = {0};
     struct image image;
-    cleanup_free char *why = NULL;
-    c->status = vmm_find(c->config.backend, &backend, &why);
-    if (c->status == 0 && !backend->existing) {
-        free(why);
-        why = NULL;
-        c->status = image_open(&c->d->settings, c->config.image, &image, &why);
-        if (c->status == 0)
-            image_close(&image);
+    int r = vmm_find(config->backend, &backend, ret_why);
+    if (r < 0)
+        return r;
+    free(*ret_why); /* why this one */
+    *ret_why = NULL;
+    if (backend->existing && !config->address[0]) {
+        *ret_why = strdup("where is the machine? Write its name or IP address to config/address");
+        return -ERR_GONE;
     }
-    if (c->status < 0) {
-        c->why = why;
-        why = NULL;
-        c->status = -ERR_INVALID;
-    }
+    if (backend->existing)
+        return machine_prepare(config, config->key[0] ? config->key : c->d->key_path, &host_key,
+                               ret_why);
+    r = image_open(&c->d->settings, config->image, &image, ret_why);
+    if (r < 0)
+        return r;
+    r = image_check_memory(&image, config->image, config->memory, ret_why);
+    if (r == 0)
+        r = image_check_disk(&image, config->image, config->disk, ret_why);
+    image_close(&image);
+    return r;
+}
+
+/* What can be known to go wrong is said before anything is made. Not by EINVAL: of a rename, mv
+ * takes that for one into a directory of itself, and says so. */
+static void creation_check(struct creation *c) {
+    if (!vm_id_is_valid(c->id))
+        c->status = creation_refuse(c, -ERR_NOT_PERMITTED,
+                                    "a VM's name is of letters, digits and -, 63 at most, and does "
+                                    "not begin with -");
+    else if (creation_check_backend(c, &c->why) < 0)
+        c->status = -ERR_GONE;
 }
 
 static void creation_work(uv_work_t *work) {
@@ -218,21 +294,49 @@ static void creation_work(uv_work_t *work) {
         creation_read_environ(c);
 }
 
+struct creation_filling {
+    struct creation *creation;
+    struct vm *vm;
+};
+
 static int creation_set(void *arg, const char *name, const char *value, size_t length) {
-    struct vm *vm = arg;
+    struct creation_filling *filling = arg;
+    struct creation *c = filling->creation;
     cleanup_buf struct buf bytes = {0};
     buf_append(&bytes, value, length);
     buf_append_char(&bytes, '\n');
-    int r = bytes.failed ? -ERR_NO_MEMORY : vars_preset(vm->vars, name, bytes.data, bytes.len);
+    int r =
+        bytes.failed ? -ERR_NO_MEMORY : vars_preset(filling->vm->vars, name, bytes.data, bytes.len);
     if (bytes.data)
         explicit_bzero(bytes.data, bytes.len);
+    if (r < 0 && !c->why &&
+        asprintf(&c->why, "%s of the calling process, which `forward` names, cannot be taken: %s",
+                 name, error_text(r)) < 0)
+        c->why = NULL;
     return r;
 }
 
-static int creation_forward(struct creation *c, const struct buf *forward, struct vm *vm) {
-    return forward_apply(forward->data ? forward->data : "", forward->len,
-                         c->environ.data ? c->environ.data : "", c->environ.len, creation_set, vm,
-                         &c->why);
+static bool creation_has(void *arg, const char *name) {
+    const struct creation_filling *filling = arg;
+    const struct var *var = vars_find(filling->vm->vars, name);
+    return var && var->set && var_value_length(var->bytes, var->length) > 0;
+}
+
+static int creation_forward(struct creation *c, struct vm *vm) {
+    struct creation_filling filling = {c, vm};
+    const struct buf *forwards[] = {&c->d->defaults->forward,
+                                    c->prepared ? &c->prepared->forward : NULL};
+    int r = 0;
+    for (size_t i = 0; i < 2 && r == 0; i++)
+        if (forwards[i] && forwards[i]->len)
+            r = forward_apply(forwards[i]->data, forwards[i]->len,
+                              c->environ.data ? c->environ.data : "", c->environ.len, creation_set,
+                              &filling);
+    for (size_t i = 0; i < 2 && r == 0; i++)
+        if (forwards[i] && forwards[i]->len)
+            r = forward_require(forwards[i]->data, forwards[i]->len, creation_has, &filling,
+                                &c->why);
+    return r;
 }
 
 static int creation_fill(struct vm *vm, void *arg) {
@@ -246,9 +350,7 @@ static int creation_fill(struct vm *vm, void *arg) {
     if (r == 0 && c->prepared)
         r = vars_copy(vm->vars, c->prepared->vars);
     if (r == 0)
-        r = creation_forward(c, &c->d->defaults->forward, vm);
-    if (r == 0 && c->prepared)
-        r = creation_forward(c, &c->prepared->forward, vm);
+        r = creation_forward(c, vm);
     return r;
 }
 
@@ -264,7 +366,7 @@ static int creation_finish(struct creation *c) {
         const char *why = c->why ? c->why : error_text(r);
         if (!place->gone)
             vm_fail(place, r, "%s was not made: %s", c->id, why);
-        return r;
+        return r == -ERR_INVALID && c->prepared ? -ERR_GONE : r; /* see creation_check() */
     }
     if (c->prepared)
         prepare_remove(c->prepared);
@@ -311,47 +413,66 @@ void prepare_create(struct daemon *d, const char *id, struct vm *prepared,
 
 /* ---- over restarts ---- */
 
-static int prepare_load_defaults(struct daemon *d) {
-    cleanup_free char *dir = NULL, *path = NULL;
+/* In `dir`, which is there; NULL in *ret_vm: nothing is recorded there. */
+static int prepare_load_from(struct daemon *d, const char *dir, const char *name, enum vm_role role,
+                             struct vm **ret_vm, char **ret_why) {
+    cleanup_free char *why = NULL;
+    *ret_vm = NULL;
+    int r = vm_load(d, dir, name, role, ret_vm, &why);
+    if (record_lacks_resources(r)) {
+        *ret_why = why;
+        why = NULL;
+        return r;
+    }
+    if (r < 0 && (r != -ERR_NOT_FOUND || role == VM_PREPARED))
+        *ret_vm = vm_load_unreadable(d, dir, name, role, why);
+    if (*ret_vm)
+        (*ret_vm)->state = VM_STOPPED;
+    return r < 0 && r != -ERR_NOT_FOUND && !*ret_vm ? -ENOMEM : 0;
+}
+
+static int prepare_load_defaults(struct daemon *d, char **ret_why) {
+    cleanup_free char *dir = NULL;
     if (asprintf(&dir, "%s/defaults", d->settings.state_dir) < 0)
         return -ENOMEM;
     int r = fs_mkdir_all(dir, 0700);
-    if (r < 0)
+    if (r == 0)
+        r = prepare_load_from(d, dir, "defaults", VM_DEFAULTS, &d->defaults, ret_why);
+    if (r < 0 || d->defaults)
         return r;
-    d->defaults = vm_load(d, dir);
-    if (!d->defaults && asprintf(&path, "%s/vm.json", dir) < 0)
-        return -ENOMEM;
-    if (!d->defaults)
-        d->defaults = access(path, F_OK) < 0 ? vm_new(d, "defaults", ++d->last_number, dir)
-                                             : vm_load_unreadable(d, "defaults", dir);
+    d->defaults = vm_new(d, "defaults", 0, dir);
     if (!d->defaults)
         return -ENOMEM;
     d->defaults->role = VM_DEFAULTS;
-    d->defaults->state = VM_STOPPED;
     return 0;
 }
 
-static void prepare_load_one(struct daemon *d, const char *path, const char *name) {
-    struct vm *vm = vm_load(d, path);
-    if (!vm)
-        vm = vm_load_unreadable(d, name, path);
-    if (!vm)
-        return;
-    if (strcmp(vm->id, name) != 0) {
-        log_error("%s is the record of another VM, %s; it is left alone", path, vm->id);
-        vm_release(vm);
-        return;
+/* A folder that was copied has the number of the other. */
+static bool prepare_knows_number(struct daemon *d, uint64_t number) {
+    struct vm *vm;
+    RB_FOREACH(vm, vm_index, &d->prepared) {
+        if (vm->number == number)
+            return true;
     }
-    vm->role = VM_PREPARED;
-    vm->state = VM_STOPPED;
+    return false;
+}
+
+static int prepare_load_one(struct daemon *d, const char *path, const char *name, char **ret_why) {
+    struct vm *vm;
+    int r = prepare_load_from(d, path, name, VM_PREPARED, &vm, ret_why);
+    if (r < 0)
+        return r;
+    if (prepare_knows_number(d, vm->number))
+        vm->number = 0;
     if (vm->number > d->last_number)
         d->last_number = vm->number;
     RB_INSERT(vm_index, &d->prepared, vm);
+    return 0;
 }
 
-int prepare_load(struct daemon *d) {
+int prepare_load(struct daemon *d, char **ret_why) {
     cleanup_free char *path = NULL;
-    int r = prepare_load_defaults(d);
+    int r = prepare_load_defaults(d, ret_why);
     if (r < 0)
         return r;
     if (asprintf(&path, "%s/new", d->settings.state_dir) < 0)
@@ -360,13 +481,13 @@ int prepare_load(struct daemon *d) {
     DIR *dir = r == 0 ? opendir(path) : NULL;
     if (!dir)
         return r < 0 ? r : -errno;
-    for (struct dirent *entry; (entry = readdir(dir));) {
+    for (struct dirent *entry; r == 0 && (entry = readdir(dir));) {
         cleanup_free char *one = NULL;
         if (vm_id_is_valid(entry->d_name) && asprintf(&one, "%s/%s", path, entry->d_name) >= 0)
-            prepare_load_one(d, one, entry->d_name);
+            r = prepare_load_one(d, one, entry->d_name, ret_why);
     }
     closedir(dir);
-    return 0;
+    return r;
 }
 
 void prepare_finish(struct vm *vm) {

@@ -22,15 +22,17 @@ void prepare_note_maker(struct vm *vm, pid_t pid);
 bool prepare_hides(struct vm *vm, uint64_t slot);
 void prepare_show(struct vm *vm, uint64_t slot);
 
-/* Another name. -ERR_EXISTS, -ERR_INVALID, …; -ERR_BUSY while its record is being written: to be
- * tried again when vm_save_for() says so. */
+/* Another name. -ERR_EXISTS, -ERR_NOT_PERMITTED, …; -ERR_BUSY while its record is being written: to
+ * be tried again when vm_save_for() says so. */
 int prepare_rename(struct vm *vm, const char *name);
 
 /* Removes it, with its files. */
 void prepare_remove(struct vm *vm);
 
-/* Changes `forward`. 0: `wait` is told when it is on the disk. -ERR_INVALID: a line is bad, `error`
- * says which. */
+/* Changes `forward`. 0: `wait` (may be NULL) is told when it is on the disk, or that it was taken
+ * back. -ERR_INVALID: a line is bad, `error` says which; -ERR_TOO_LARGE. */
+#define FORWARD_LIMIT 65536
+int prepare_refuse_forward(struct vm *vm);
 int prepare_set_forward(struct vm *vm, const char *text, size_t length, struct vm_wait *wait);
 
 /* Who asks for a VM. */
@@ -49,6 +51,7 @@ void prepare_create(struct daemon *d, const char *id, struct vm *prepared,
 void prepare_finish(struct vm *vm);
 
 /* What is recorded, at the start. */
-int prepare_load(struct daemon *d);
+/* Some have no number then. On error *ret_why may be a sentence (the caller frees it). */
+int prepare_load(struct daemon *d, char **ret_why);
 /* Lets go of it, at the end. */
 void prepare_release(struct daemon *d);

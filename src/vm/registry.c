@@ -57,7 +57,13 @@ struct vm *vm_new(struct daemon *d, const char *id, uint64_t number, const char 
     list_init(&vm->state_waits);
     list_init(&vm->watches);
     list_init(&vm->pause_saved.link);
-    vm->pause_saved.done = vm_settle_saved;
+    vm->pause_saved.done = vm_pause_saved;
+    list_init(&vm->start_saved.link);
+    vm->start_saved.done = vm_start_saved;
+    list_init(&vm->state_saved.link);
+    vm->state_saved.done = vm_state_saved;
+    vm->record_as = -1;
+    vm->recorded = vm->state;
     list_init(&vm->stop_saved.link);
     vm->stop_saved.done = vm_stop_saved;
     list_init(&vm->end_waits);
@@ -268,6 +274,10 @@ void vm_destroy(struct vm *vm, struct vm_wait *wait) {
     if (vm_find(d, vm->id) == vm)
         RB_REMOVE(vm_index, &d->vms, vm);
 
+    /* First: what is in the trash runs no more, and could not be told from what has its name then.
+     */
+    if (vm->vmm)
+        vm->vmm->ops->kill(vm->vmm);
     /* The id is free at once, for a new VM in a folder of its own. What a killed daemon leaves in
      * the trash is cleared away by the next. */
     if (asprintf(&trash, "%s/trash/%llu", d->settings.state_dir, (unsigned long long)vm->number) >=
@@ -279,7 +289,5 @@ void vm_destroy(struct vm *vm, struct vm_wait *wait) {
     }
     vm_disconnect(vm, -ERR_GONE, "the VM is gone");
     vm_set_state(vm, VM_STOPPED);
-    if (vm->vmm)
-        vm->vmm->ops->kill(vm->vmm);
     vm_destroy_step(vm);
 }

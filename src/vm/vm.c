@@ -78,6 +78,9 @@ void vm_unref(struct vm *vm) {
     config_free(&vm->config);
     free(vm->backend_note);
     free(vm->user);
+    free(vm->removers);
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++)
+        free(vm->config_files[i].text);
     free(vm);
 }
 
@@ -116,49 +119,14 @@ int vm_fail_quoting(struct vm *vm, int status, const char *quote, const char *fo
     return status;
 }
 
-/* Tells those who wait for a state whether this is it, or whether it cannot come any more. */
-static void vm_settle(struct vm *vm) {
-    struct list waits, *link;
-    list_init(&waits);
-    list_splice(&waits, &vm->state_waits);
-    while ((link = list_pop(&waits))) {
-        struct vm_wait *wait = LIST_OWNER(link, struct vm_wait, link);
-        bool over = vm->gone || vm->state == VM_FAILED || vm->state == VM_STOPPED;
-        if ((int)vm->state == wait->goal && !vm->gone)
-            wait->done(wait, 0);
-        else if (over)
-            wait->done(wait, -ERR_GONE);
-        else
-            list_append(&vm->state_waits, &wait->link);
-    }
-}
-
-void vm_unsettle(struct vm *vm, int status) {
-    struct list waits, *link;
-    list_init(&waits);
-    list_splice(&waits, &vm->state_waits);
-    while ((link = list_pop(&waits))) {
-        struct vm_wait *wait = LIST_OWNER(link, struct vm_wait, link);
-        wait->done(wait, (int)vm->state == wait->goal ? 0 : status);
-    }
-}
-
-/* A VMM that stands still looks as one that does not, to a later daemon: who asked for it is told
- * when the record says so. */
-void vm_settle_saved(struct vm_wait *wait, int status) {
-    struct vm *vm = LIST_OWNER(wait, struct vm, pause_saved);
-    (void)status; /* it is so, for as long as this daemon lives; and it is tried again */
-    vm_settle(vm);
-}
-
 void vm_set_state(struct vm *vm, enum vm_state state) {
-    bool told_later = vm->state != state && !vm->gone &&
-                      (state == VM_PAUSED || (vm->state == VM_PAUSED && state == VM_RUNNING));
-    if (vm->state != state) {
+    bool changes = vm->state != state;
+    if (changes) {
         log_info("%s: %s", vm->id, vm_state_name(state));
-        if (vm->state == VM_PAUSED)
+        if (vm->state == VM_PAUSED || (vm->pausing && state != VM_UNREACHABLE))
             vm_end_pause(vm);
         vm->state = state;
+        vm->record_as = -1;
         clock_gettime(CLOCK_REALTIME, &vm->changed);
         if (state == VM_STOPPED || state == VM_FAILED)
             vm->running_since = (struct timespec){0};
@@ -166,9 +134,9 @@ void vm_set_state(struct vm *vm, enum vm_state state) {
             vm_save(vm);
         vm_wait_wake(&vm->watches, 0);
     }
-    vm_wait_cancel(&vm->pause_saved);
-    if (told_later)
-        vm_save_for(vm, &vm->pause_saved);
+    vm_wait_cancel(&vm->state_saved);
+    if (changes && state == VM_STOPPED && !vm->gone)
+        vm_save_for(vm, &vm->state_saved);
     else
         vm_settle(vm);
 }
@@ -233,8 +201,6 @@ bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
     return true;
 }
 
-static void vm_boot_failed(struct vm *vm);
-
 void vm_announce(struct vm *vm) {
     vm->announcing = false;
     uv_timer_stop(vm->timer);
@@ -245,7 +211,7 @@ void vm_announce(struct vm *vm) {
     vm_set_state(vm, VM_RUNNING);
     vars_resume(vm->vars);
     if (vm->pause_wanted && vm_pause(vm) < 0)
-        vm_unsettle(vm, -ERR_UNSUPPORTED);
+        vm_unsettle(vm, VM_PAUSED, -ERR_UNSUPPORTED);
     vm->pause_wanted = false;
 }
 
@@ -265,6 +231,10 @@ static void vm_attached(struct vm *vm, int status) {
     }
     console_watch_stop(vm);
     if (vm->attached) {
+        /* What was set just before the last daemon was killed is in the guest alone. */
+        if (vm->adopted_at && vars_generation(vm->vars) + 1 != vm->adopted_at)
+            vars_take_along(vm->vars);
+        vm->adopted_at = 0;
         vm_announce(vm);
         return;
     }
@@ -354,7 +324,7 @@ const struct vmm_events vm_vmm_events = {
     .ready = vm_vmm_ready, .exited = vm_vmm_exited, .trouble = vm_vmm_trouble};
 
 /* The end of a boot that did not come to anything. */
-static void vm_boot_failed(struct vm *vm) {
+void vm_boot_failed(struct vm *vm) {
     vm_disconnect(vm, -ERR_GONE, "the boot failed");
     if (vm->vmm)
         vm->vmm->ops->kill(vm->vmm); /* exited() follows */
@@ -363,7 +333,13 @@ static void vm_boot_failed(struct vm *vm) {
 
 static void vm_boot_overdue(uv_timer_t *timer) {
     struct vm *vm = timer->data;
-    if (machine_is_existing(vm))
+    if (vm->announcing) {
+        vm_fail(vm, -ERR_NO_ROOM,
+                "%s answers, but that could not be written to the host's disk: make room there, "
+                "and `echo running > status` starts it",
+                vm->id);
+        vm_unsettle(vm, VM_RUNNING, -ERR_NO_ROOM);
+    } else if (machine_is_existing(vm))
         vm_fail(vm, -ERR_TIMED_OUT,
                 "%s could not be attached within %u s (config/boot_timeout): %s; `echo running > "
                 "status` tries again",
@@ -445,6 +421,8 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         vm_fail(vm, result->status, "%s cannot %s: %s", vm->id,
                 result->backend && result->backend->existing ? "be attached" : "boot",
                 result->why ? result->why : "");
+        if (result->status == -ERR_NO_ROOM)
+            vm_unsettle(vm, VM_RUNNING, result->status);
         vm_boot_failed(vm);
         return;
     }
@@ -458,8 +436,14 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         return;
     }
     /* At once: a VMM that is not recorded would run on unseen, should the daemon be killed now. */
-    if (record_begin(vm) < 0)
-        log_error("%s: its record could not be written", vm->id);
+    r = record_begin(vm);
+    if (r < 0) {
+        vm_fail(vm, r, "%s cannot boot: its record could not be written to the host's disk: %s",
+                vm->id, strerror(-r));
+        vm_unsettle(vm, VM_RUNNING, r);
+        vm_boot_failed(vm);
+        return;
+    }
     vm_save(vm);
     if (result->image.ready)
         console_watch_start(vm, result->image.ready);
@@ -484,67 +468,6 @@ int vm_boot(struct vm *vm) {
         return r;
     vm_watch_boot(vm);
     vm_set_state(vm, VM_BOOTING);
-    return 0;
-}
-
-static int vm_start(struct vm *vm) {
-    /* After a boot that failed, its VMM or its preparation may not have ended yet. */
-    if (vm->vmm || vm->boot)
-        return vm_fail(vm, -ERR_BUSY, "%s: the last boot is still being cleared away", vm->id);
-    return vm_boot(vm);
-}
-
-int vm_stop(struct vm *vm) {
-    if (!vm->vmm) { /* being prepared, or failed */
-        uv_timer_stop(vm->timer);
-        vm_set_state(vm, vm->boot ? VM_STOPPING : VM_STOPPED); /* until it can be started again */
-        return 0;
-    }
-    uv_timer_stop(vm->timer);
-    if (vm->state == VM_BOOTING)
-        vm_disconnect(vm, -ERR_GONE, "the VM is stopped while it boots");
-    if (machine_is_existing(vm) && vm->attached)
-        vars_leave(vm->vars);
-    vm_set_state(vm, VM_STOPPING);
-    vm_wait_cancel(&vm->stop_saved);
-    vm_save_for(vm, &vm->stop_saved);
-    return 0;
-}
-
-/* The record says so, and has what the guest was given last: a later daemon would attach a machine
- * again, and find a guest gone with its memory. */
-void vm_stop_saved(struct vm_wait *wait, int status) {
-    struct vm *vm = LIST_OWNER(wait, struct vm, stop_saved);
-    (void)status; /* a full disk keeps nothing running */
-    if (vm->gone || vm->state != VM_STOPPING || !vm->vmm)
-        return;
-    vm->vmm->ops->stop(vm->vmm, machine_is_existing(vm) ? 0 : vm->config.stop_timeout * 1000,
-                       VM_QUIT_MS);
-}
-
-int vm_want(struct vm *vm, enum vm_state state, struct vm_wait *wait) {
-    int r = 0;
-    if (vm->gone)
-        return -ERR_GONE;
-    if (state == VM_RUNNING && vm->state == VM_STOPPING)
-        return vm_fail(vm, -ERR_BUSY, "%s is stopping: start it when it has stopped", vm->id);
-    if (state == VM_PAUSED && (vm->state == VM_STOPPING || vm->state == VM_STOPPED ||
-                               vm->state == VM_UNREACHABLE || vm->state == VM_FAILED))
-        return vm_check_running(vm);
-    vm->pause_wanted = state == VM_PAUSED && vm->state == VM_BOOTING;
-    if (state == VM_RUNNING && (vm->state == VM_STOPPED || vm->state == VM_FAILED))
-        r = vm_start(vm);
-    else if (state == VM_RUNNING && vm->state == VM_PAUSED)
-        r = vm_resume(vm);
-    else if (state == VM_PAUSED && vm->state == VM_RUNNING)
-        r = vm_pause(vm);
-    else if (state == VM_STOPPED && vm->state != VM_STOPPED && vm->state != VM_STOPPING)
-        r = vm_stop(vm);
-    if (r < 0)
-        return r;
-    wait->goal = (int)state;
-    list_append(&vm->state_waits, &wait->link);
-    vm_settle(vm);
     return 0;
 }
 

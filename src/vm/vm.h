@@ -93,6 +93,7 @@ struct vm {
     struct vm_config_file {
         struct timespec changed;
         uint64_t removed; /* uv_now() when it was last unlinked; 0: it is there */
+        char *text;       /* as it was written, if that is not how it would be printed; or NULL */
     } config_files[CONFIG_SETTINGS];
     const struct vmm_ops *backend;       /* what it runs in, or ran in last; NULL: nothing yet */
     char *backend_note;                  /* why that: vmm_ops.check() */
@@ -110,15 +111,16 @@ struct vm {
     struct vars *vars;
     enum environ_style environ_style;
     struct look env_look, environ_look; /* of env/ and environ; their times are those of `vars` */
-    uint64_t environ_removed;      /* uv_now() when `environ` was last unlinked; 0: it is there */
-    struct scratches *env_scratch; /* temporary files beside the variables */
-    struct scratches *vm_scratch;  /* and beside `environ` */
-    struct scratches *config_scratch; /* and beside the settings */
-    struct control *control;          /* resident shell */
-    struct commands *commands;        /* runs commands in the guest */
-    struct orphans *orphans;          /* commands that were lost */
-    struct jobs *jobs;                /* the commands of jobs/ */
-    uint64_t last_scratch;            /* numbers of temporary files */
+    uint64_t environ_removed; /* uv_now() when `environ` was last unlinked; 0: it is there */
+    uint64_t forward_removed, status_removed; /* the same of those */
+    struct scratches *env_scratch;            /* temporary files beside the variables */
+    struct scratches *vm_scratch;             /* and beside `environ` */
+    struct scratches *config_scratch;         /* and beside the settings */
+    struct control *control;                  /* resident shell */
+    struct commands *commands;                /* runs commands in the guest */
+    struct orphans *orphans;                  /* commands that were lost */
+    struct jobs *jobs;                        /* the commands of jobs/ */
+    uint64_t last_scratch;                    /* numbers of temporary files */
 
     uv_timer_t *timer;      /* boot deadline */
     uv_timer_t *save_timer; /* see vm_save_soon() */
@@ -126,12 +128,20 @@ struct vm {
     bool pausing;           /* the VMM has been asked, or will be (vm/pause.c) */
     bool pause_wanted;      /* as soon as it runs */
     uint64_t pause_deadline;
-    struct vm_wait pause_saved;
-    struct vm_wait stop_saved;
+    uint64_t adopted_at;    /* vars_generation() of its record + 1, until the guest has told */
+    bool resuming;          /* else it is to be paused, while `pausing` */
+    int record_as;          /* the state that the record says; -1: `state` */
+    enum vm_state recorded; /* the state that it says */
+    enum vm_state start_from, stop_from; /* what it goes back to when that is refused */
+    uint64_t stop_refused;               /* uv_now(); 0: never */
+    struct vm_wait pause_saved, start_saved, stop_saved, state_saved;
     struct timespec running_since; /* 0: it does not run */
     uint64_t used;                 /* uv_now() when a variable or a command was last asked for */
-    pid_t remover;                 /* see vm_guards() */
-    uint64_t remover_since;
+    struct vm_remover {            /* see vm_guards() */
+        pid_t pid;
+        uint64_t since; /* uv_now() */
+    } * removers;
+    size_t remover_count;
     bool ephemeral;  /* it ends with the mount that made it */
     bool destroying; /* rmdir has begun */
     bool attached;   /* the guest of this boot has been heard: its file is the truth */
@@ -172,6 +182,13 @@ bool vm_uses_login_shell(const struct vm *vm);
  * changed, leave words. A cancelled wait leaves the change to take its course. */
 int vm_configure(struct vm *vm, const char *name, const char *text, size_t length,
                  struct vm_wait *wait);
+
+/* The file of a setting as it reads: byte for byte what was written, so that who compares it with
+ * his own finds no difference; else the value and a newline. */
+void vm_print_setting(const struct vm *vm, const struct config_setting *setting, struct buf *out);
+/* The same for its record: only what was written in other words. */
+json_t *vm_save_written(const struct vm *vm);
+void vm_load_written(struct vm *vm, const json_t *saved);
 
 /* 0 when the VM can serve `running`-only work now; else what to answer (design, section 2, rule 6).
  */
@@ -221,15 +238,20 @@ int vm_boot(struct vm *vm);
 int vm_stop(struct vm *vm);
 /* The last steps of a stop, behind the guest's own power-down: the VMM's quitting, SIGKILL. */
 #define VM_QUIT_MS 2000
-/* Done of vm->stop_saved. */
+/* Done of vm->stop_saved, start_saved, state_saved, pause_saved. */
 void vm_stop_saved(struct vm_wait *wait, int status);
+void vm_start_saved(struct vm_wait *wait, int status);
+void vm_state_saved(struct vm_wait *wait, int status);
+void vm_pause_saved(struct vm_wait *wait, int status);
 /* Starts the deadline of a boot. */
 void vm_watch_boot(struct vm *vm);
 void vm_set_state(struct vm *vm, enum vm_state state);
-/* Done of vm->pause_saved. */
-void vm_settle_saved(struct vm_wait *wait, int status);
-/* What was asked for will not be: who waits for another state than this one is told so. */
-void vm_unsettle(struct vm *vm, int status);
+/* The end of a boot that did not come to anything. */
+void vm_boot_failed(struct vm *vm);
+/* Tells those who wait for a state whether this is it, or whether it cannot come any more. */
+void vm_settle(struct vm *vm);
+/* What was asked for will not be: who waits for this state is told so. */
+void vm_unsettle(struct vm *vm, enum vm_state goal, int status);
 
 /* Is it to be refused, because the VM is protected? `whole`: what is to be removed goes with the VM
  * only. Who has tried that is `rm -r` or its like, and from then on may remove nothing of the VM.
@@ -252,10 +274,6 @@ void vm_release(struct vm *vm);
 void vm_destroy_step(struct vm *vm);
 /* Writes the record at once, safe from the end of this process. */
 int record_begin(struct vm *vm);
-/* Brings back what is recorded in `dir`. NULL: there is no readable record. */
-struct vm *vm_load(struct daemon *d, const char *dir);
-/* A VM whose record cannot be read: failed, with words about it; the record is put aside. */
-struct vm *vm_load_unreadable(struct daemon *d, const char *id, const char *dir);
 /* The VMM's configuration for its next boot, or for adopting it; strings borrowed. */
 struct vmm_config;
 extern const struct vmm_events vm_vmm_events;

@@ -122,8 +122,14 @@ void process_each(const char *text, process_visit *visit, void *arg) {
     closedir(proc);
 }
 
+struct process_strays {
+    const char *text;
+    unsigned count;
+};
+
 static void process_kill_stray(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
-    const char *text = arg;
+    struct process_strays *strays = arg;
+    const char *text = strays->text;
     char path[64], again[16384];
     (void)line, (void)length;
     if (owner != geteuid())
@@ -134,12 +140,15 @@ static void process_kill_stray(void *arg, pid_t pid, uid_t owner, const char *li
     ssize_t n = pidfd < 0 ? -1 : file_read_start(path, again, sizeof again);
     if (n <= 0 || !memmem(again, (size_t)n, text, strlen(text)))
         return;
-    log_warn("process %d was left behind by a daemon that was killed: it is ended", (int)pid);
+    log_warn("process %d was left behind by an earlier daemon: it is ended", (int)pid);
     pidfd_send_signal(pidfd, SIGKILL, NULL, 0);
+    strays->count++;
 }
 
-void process_kill_strays(const char *text) {
-    process_each(text, process_kill_stray, (void *)(uintptr_t)text);
+unsigned process_kill_strays(const char *text) {
+    struct process_strays strays = {.text = text};
+    process_each(text, process_kill_stray, &strays);
+    return strays.count;
 }
 
 static void process_on_closed(uv_handle_t *handle) {

@@ -46,9 +46,9 @@ void process_kill(struct process *process);
 typedef void process_visit(void *arg, pid_t pid, uid_t owner, const char *line, size_t length);
 void process_each(const char *text, process_visit *visit, void *arg);
 
-/* SIGKILL for every process of this user whose command line holds the text: what a daemon has
- * started that was killed before it could record it. Looks through /proc. */
-void process_kill_strays(const char *text);
+/* SIGKILL for every process of this user whose command line holds the text: what no record tells
+ * of. Looks through /proc. Returns how many there were. */
+unsigned process_kill_strays(const char *text);
 
 /* Stops watching; the process goes on. No callback comes after this. NULL is allowed. */
 void process_release(struct process *process);

@@ -449,7 +449,9 @@ static int qemu_adopt(uv_loop_t *loop, const struct vmm_config *config, const js
     const char *socket = json_string_value(json_object_get(saved, "socket"));
     const char *accel = json_string_value(json_object_get(saved, "accel"));
     json_int_t port = json_integer_value(json_object_get(saved, "port"));
-    int status = qemu_new(loop, config, socket ? socket : config->socket, events, arg, &q);
+    if (!socket)
+        return -ERR_INVALID;
+    int status = qemu_new(loop, config, socket, events, arg, &q);
     if (status < 0)
         return status;
     q->kvm = accel && strcmp(accel, "kvm") == 0;
@@ -469,10 +471,12 @@ static int qemu_adopt(uv_loop_t *loop, const struct vmm_config *config, const js
     return 0;
 }
 
-static void qemu_end_strays(const char *dir) {
-    cleanup_free char *serial = path_join(dir, "serial.log,append=on");
+static unsigned qemu_end_strays(const char *dir) {
+    cleanup_free char *serial = path_join(dir, "serial.log");
+    cleanup_buf struct buf option = {0};
     if (serial)
-        process_kill_strays(serial);
+        qemu_command_print_path(&option, "path=", serial, ",append=on");
+    return serial && !option.failed ? process_kill_strays(option.data) : 0;
 }
 
 static json_t *qemu_save(const struct vmm *vmm) {

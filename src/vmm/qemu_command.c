@@ -52,18 +52,21 @@ static void command_add_option(struct qemu_command *c, const char *name, const c
     command_add(c, "%s", value);
 }
 
-/* Adds `prefix` + path + `suffix`. In an option's list of key=value, a comma in a value is doubled.
- */
+void qemu_command_print_path(struct buf *out, const char *prefix, const char *path,
+                             const char *suffix) {
+    buf_append_str(out, prefix);
+    for (; *path; path++) {
+        buf_append_char(out, *path);
+        if (*path == ',')
+            buf_append_char(out, ',');
+    }
+    buf_append_str(out, suffix);
+}
+
 static void command_add_path(struct qemu_command *c, const char *prefix, const char *path,
                              const char *suffix) {
     cleanup_buf struct buf text = {0};
-    buf_append_str(&text, prefix);
-    for (; *path; path++) {
-        buf_append_char(&text, *path);
-        if (*path == ',')
-            buf_append_char(&text, ',');
-    }
-    buf_append_str(&text, suffix);
+    qemu_command_print_path(&text, prefix, path, suffix);
     command_add_owned(c, buf_steal(&text, NULL));
 }
 

@@ -3,6 +3,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "util/buf.h"
 #include "vmm/vmm.h"
 
 /* How QEMU is found and called. */
@@ -33,3 +34,8 @@ int qemu_command_build(struct qemu_command *command, const struct vmm_config *co
 
 /* The environment: nothing of the daemon's. Temporary files go to `dir`. */
 int qemu_command_build_env(struct qemu_command *env, const char *dir);
+
+/* Appends `prefix` + path + `suffix` as it stands in an option's list of key=value, where a comma
+ * in a value is doubled. */
+void qemu_command_print_path(struct buf *out, const char *prefix, const char *path,
+                             const char *suffix);

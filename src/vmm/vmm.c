@@ -87,15 +87,22 @@ int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why) {
     return *ret_why ? -ERR_INVALID : -ENOMEM;
 }
 
-void vmm_end_strays(const char *dir) {
+unsigned vmm_end_strays(const char *dir) {
+    unsigned count = 0;
     for (size_t i = 0; i < VMM_COUNT; i++)
         if (vmm_backends[i].ops->end_strays)
-            vmm_backends[i].ops->end_strays(dir);
+            count += vmm_backends[i].ops->end_strays(dir);
+    return count;
+}
+
+const struct vmm_ops *vmm_named(const char *name) {
+    for (size_t i = 0; i < VMM_COUNT; i++)
+        if (strcmp(name, vmm_backends[i].ops->name) == 0)
+            return vmm_backends[i].ops;
+    return NULL;
 }
 
 bool vmm_is_for_existing(const char *name) {
-    for (size_t i = 0; i < VMM_COUNT; i++)
-        if (strcmp(name, vmm_backends[i].ops->name) == 0)
-            return vmm_backends[i].ops->existing;
-    return false;
+    const struct vmm_ops *ops = vmm_named(name);
+    return ops && ops->existing;
 }

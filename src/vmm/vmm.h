@@ -73,9 +73,9 @@ struct vmm_ops {
     int (*adopt)(uv_loop_t *loop, const struct vmm_config *config, const json_t *saved,
                  const struct vmm_events *events, void *arg, struct vmm **ret_vmm);
 
-    /* Ends what create() has started for the VM of this folder when the daemon was killed before it
-     * could record it. May be NULL. */
-    void (*end_strays)(const char *dir);
+    /* Ends what create() has started for the VM of this folder and no record tells of: the daemon
+     * was killed before it could write that, or it is damaged. Returns how many. May be NULL. */
+    unsigned (*end_strays)(const char *dir);
 
     /* What a later daemon needs for adopt(); the caller owns it. NULL while there is nothing to
      * adopt. */
@@ -119,8 +119,12 @@ struct vmm {
  * programs and wait for them. */
 int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
 
-/* end_strays() of all backends. */
-void vmm_end_strays(const char *dir);
+/* end_strays() of all backends. Returns how many were ended. */
+unsigned vmm_end_strays(const char *dir);
+
+/* The backend of this name, whether it works here or not, for what runs in it already. NULL: there
+ * is none. At once. */
+const struct vmm_ops *vmm_named(const char *name);
 
 /* Is this backend for machines that exist already? At once, without looking whether it works. */
 bool vmm_is_for_existing(const char *name);
