@@ -78,7 +78,7 @@ static void pause_resumed(void *arg, int status, const char *why) {
     if (connected)
         vars_resume(vm->vars);
     else
-        control_start(vm->control); /* it was paused when this daemon found it */
+        control_start(vm->control, false); /* it was paused when this daemon found it */
 }
 
 int vm_resume(struct vm *vm) {

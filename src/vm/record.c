@@ -86,6 +86,8 @@ static json_t *record_make(struct vm *vm) {
         machine_save(vm, record);
     if (record)
         record_save_looks(vm, record);
+    if (record && vm->template)
+        json_object_set_new(record, "template", json_string(vm->template));
     if (record && vm->ephemeral)
         json_object_set_new(record, "ephemeral", json_true());
     if (record && vm->running_since.tv_sec)
@@ -282,6 +284,8 @@ static void record_adopt(struct vm *vm, const json_t *record) {
                 vm->id);
         return;
     }
+    if (record_text(record, "template"))
+        vm->template = strdup(record_text(record, "template"));
     vm->backend = ops;
     vm->backend_note = note;
     note = NULL;
