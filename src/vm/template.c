@@ -242,7 +242,8 @@ static bool template_look(const char *folder, const char *name, const struct tem
     return true;
 }
 
-static void templates_bound(const char *state_dir, const struct template_key *key) {
+void templates_bound(const char *state_dir, const struct template_key *key, size_t most,
+                     unsigned long long most_bytes) {
     cleanup_free char *folder = NULL;
     struct template_found *found = NULL;
     size_t count = 0, kept = 0;
@@ -261,8 +262,7 @@ static void templates_bound(const char *state_dir, const struct template_key *ke
     if (count)
         qsort(found, count, sizeof *found, template_compare);
     for (size_t i = 0; i < count; i++) {
-        bool keep =
-            !found[i].stale && kept < TEMPLATES_MOST && bytes + found[i].bytes <= TEMPLATES_BYTES;
+        bool keep = !found[i].stale && kept < most && bytes + found[i].bytes <= most_bytes;
         if (keep) {
             kept++;
             bytes += found[i].bytes;
@@ -324,7 +324,7 @@ int template_finish(const char *state_dir, const struct template *t,
     if (r == 0 && rename(t->dir, path) < 0)
         r = -errno;
     if (r == 0)
-        templates_bound(state_dir, key);
+        templates_bound(state_dir, key, TEMPLATES_MOST, TEMPLATES_BYTES);
     return r;
 }
 

@@ -55,6 +55,11 @@ int template_finish(const char *state_dir, const struct template *t,
 
 void template_remove(const struct template *t);
 
+/* Removes the templates that were used longest ago, until there are this many in so many bytes, and
+ * those of the key's image that were made before it was changed. */
+void templates_bound(const char *state_dir, const struct template_key *key, size_t most,
+                     unsigned long long most_bytes);
+
 /* Removes what template_begin() has made under a daemon that is no more; `each` is told of every
  * such folder before. */
 void templates_clear(const char *state_dir, void (*each)(const char *dir));
