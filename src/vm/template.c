@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "util/cleanup.h"
@@ -21,6 +22,7 @@
 #define TEMPLATE_STATE_LIMIT (64 << 20)
 #define TEMPLATE_NEW ".new-" /* before the name, while it is made */
 #define TEMPLATE_BLOCK 512   /* of st_blocks */
+#define TEMPLATE_ROOM 2      /* times its memory has to be free on the disk */
 
 /* ---- keys ---- */
 
@@ -182,7 +184,8 @@ int template_open(const char *state_dir, const struct template_key *key, struct 
     return 0;
 }
 
-int template_begin(const char *state_dir, struct template *ret) {
+int template_begin(const char *state_dir, unsigned memory, struct template *ret) {
+    struct statvfs fs;
     cleanup_free char *folder = NULL;
     char *dir;
     if (asprintf(&folder, "%s/templates", state_dir) < 0)
@@ -190,6 +193,11 @@ int template_begin(const char *state_dir, struct template *ret) {
     int r = fs_mkdir_all(folder, 0700);
     if (r < 0)
         return r;
+    if (statvfs(folder, &fs) < 0)
+        return -errno;
+    if ((unsigned long long)fs.f_bavail * fs.f_frsize <
+        TEMPLATE_ROOM * ((unsigned long long)memory << 20))
+        return -ENOSPC;
     if (asprintf(&dir, "%s/" TEMPLATE_NEW "XXXXXX", folder) < 0)
         return -ENOMEM;
     if (!mkdtemp(dir)) {

@@ -46,8 +46,9 @@ int template_open(const char *state_dir, const struct template_key *key, struct 
                   char **ret_why);
 
 /* A folder for a new one, empty, under another name. Nothing is used of it, and what a killed
- * daemon has left of it is removed by templates_clear(). */
-int template_begin(const char *state_dir, struct template *ret);
+ * daemon has left of it is removed by templates_clear(). -ENOSPC: the disk has no room to spare for
+ * `memory` MiB; variables and guests' disks come first. */
+int template_begin(const char *state_dir, unsigned memory, struct template *ret);
 
 /* It is complete: gives it its name, and removes those that are too many. */
 int template_finish(const char *state_dir, const struct template *t,

@@ -1,5 +1,6 @@
 #include "vm/warm.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -176,6 +177,8 @@ static void warm_end_work(uv_work_t *work) {
     if (warm->status == 0)
         warm->status =
             template_finish(warm->daemon->settings.state_dir, &warm->template, &warm->plan->key);
+    else
+        warm->status = -ECANCELED; /* why has been said */
     if (warm->status < 0)
         template_remove(&warm->template);
 }
@@ -197,6 +200,9 @@ static void warm_ended(uv_work_t *work, int canceled) {
         log_info("a template of %s is there: its next VMs start from it",
                  warm->plan->key.image_path);
     } else {
+        if (warm->status != -ECANCELED)
+            log_warn("a template of %s could not be kept, so its VMs boot cold: %s",
+                     warm->plan->key.image_path, strerror(-warm->status));
         warm_note_failure(warm, &warm->plan->key);
     }
     warm_forget_making(warm);
@@ -220,7 +226,7 @@ static void warm_make(struct warm *warm, struct warm_plan *plan) {
     cleanup_free char *socket = NULL;
     struct vmm_config config;
     warm->plan = plan;
-    int r = template_begin(warm->daemon->settings.state_dir, &warm->template);
+    int r = template_begin(warm->daemon->settings.state_dir, plan->memory, &warm->template);
     if (r == 0 && asprintf(&socket, "%s/template.qmp", warm->daemon->settings.runtime_dir) < 0)
         r = -ENOMEM;
     if (r == 0) {

@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -28,7 +29,7 @@ static void template_make(const struct template_key *key) {
     static char ram[RAM_SIZE];
     struct template t;
     memset(ram, 'r', sizeof ram);
-    CHECK(template_begin(folder, &t) == 0);
+    CHECK(template_begin(folder, 1, &t) == 0);
     file_write(t.ram, ram, sizeof ram);
     file_write(t.state, "state", 5);
     CHECK(template_finish(folder, &t, key) == 0);
@@ -168,12 +169,17 @@ static void count_cleared(const char *dir) {
 static void what_was_not_finished_is_cleared_away(void) {
     struct template t;
     struct stat st;
-    CHECK(template_begin(folder, &t) == 0);
+    CHECK(template_begin(folder, 1, &t) == 0);
     CHECK(stat(t.dir, &st) == 0 && (st.st_mode & 07777) == 0700);
     file_write(t.ram, "r", 1);
     templates_clear(folder, count_cleared);
     CHECK(cleared == 1 && access(t.dir, F_OK) < 0);
     template_close(&t);
+}
+
+static void a_disk_without_room_gets_none(void) {
+    struct template t;
+    CHECK(template_begin(folder, UINT_MAX, &t) == -ENOSPC);
 }
 
 static void a_file_looks_different_when_it_has_changed(void) {
@@ -186,7 +192,8 @@ static void a_file_looks_different_when_it_has_changed(void) {
     file_write(path.data, "two", 3);
     CHECK(template_describe_file(path.data, &after) == 0);
     CHECK(!check_same(before.data, before.len, after.data, after.len));
-    CHECK(template_describe_file("/nonexistent", &after) == -ENOENT);
+    CHECK(unlink(path.data) == 0);
+    CHECK(template_describe_file(path.data, &after) == -ENOENT);
 }
 
 int main(void) {
@@ -198,6 +205,7 @@ int main(void) {
     those_used_last_are_kept();
     those_of_an_image_that_has_changed_go();
     what_was_not_finished_is_cleared_away();
+    a_disk_without_room_gets_none();
     a_file_looks_different_when_it_has_changed();
     CHECK(fs_remove_all(folder) == 0);
     return check_end();
