@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ VMSFS = os.path.join(BUILD, "vmsfs")
 # Built without sanitizers, for tests of the daemon's memory.
 CLEAN = os.environ.get("VMSFS_TEST_CLEAN", os.path.join(ROOT, "build-clang", "vmsfs"))
 IMAGES = os.path.join(BUILD, "images")
+# Guests start from a template that is made once; with "off" they boot cold, one and all.
+WARM = os.environ.get("VMSFS_TEST_WARM", "auto")
 
 # The options that the tests use where nothing else is said, and how much longer an operation may take than the
 # deadline that the daemon keeps: two cores, sanitizers, and other guests that boot meanwhile.
@@ -295,7 +298,9 @@ def environment(extra=None):
 class Daemon:
     """vmsfs on a mount point of its own, with a state directory that outlives it."""
 
-    def __init__(self, options="", detached=False, env=None, timeout=TIMEOUT, boot_timeout=BOOT_TIMEOUT, program=VMSFS):
+    def __init__(
+        self, options="", detached=False, env=None, timeout=TIMEOUT, boot_timeout=BOOT_TIMEOUT, program=VMSFS, templates=True
+    ):
         self.program = program
         self.path = os.path.join(RUN.path, f"d{RUN.number()}")
         self.mount = os.path.join(self.path, "vms")
@@ -305,8 +310,11 @@ class Daemon:
         self.detached = detached
         self.timeout = timeout
         self.options = f"state={self.state},images={IMAGES},timeout={timeout},boot_timeout={boot_timeout}"
+        if WARM == "off":
+            self.options += ",warm=off"
         if options:
             self.options += "," + options
+        self.templates_wanted = templates and WARM != "off"
         self.pid = None
         self.process = None
         self.guests = {}
@@ -317,6 +325,8 @@ class Daemon:
         return [self.program, self.mount, "-o", self.options]
 
     def start(self, seconds=30):
+        if self.templates_wanted and not os.path.exists(self.state):
+            copy_templates(self.state)
         log = open(self.log, "ab")
         with log:
             if self.detached:
@@ -389,12 +399,22 @@ class Daemon:
             subprocess.run(["fusermount3", "-uz", self.mount], check=True, timeout=20)
 
     def qemus(self):
-        """QEMUs that belong to this state directory."""
+        """QEMUs of VMs that belong to this state directory."""
         return [
             pid
             for pid in processes_with(self.state + "/")
-            if b"qemu-system" in read_bytes(f"/proc/{pid}/cmdline").split(b"\0")[0]
+            if b"qemu-system" in read_bytes(f"/proc/{pid}/cmdline").split(b"\0")[0] and pid not in self.template_makers()
         ]
+
+    def template_makers(self):
+        """QEMUs that are nobody's yet."""
+        return processes_with(self.state + "/templates/.new-")
+
+    def templates(self):
+        """Folders of templates that are complete."""
+        path = os.path.join(self.state, "templates")
+        names = os.listdir(path) if os.path.isdir(path) else []
+        return [os.path.join(path, name) for name in sorted(names) if not name.startswith(".")]
 
     def remains(self):
         """What VMs have left behind outside of the tree."""
@@ -405,7 +425,7 @@ class Daemon:
                 left += [os.path.join(folder, name) for name in os.listdir(path)]
         runtime = runtime_dir(self.state)
         if os.path.isdir(runtime):
-            left += [os.path.join(runtime, name) for name in os.listdir(runtime)]
+            left += [os.path.join(runtime, name) for name in os.listdir(runtime) if name != "template.qmp"]
         return left + [f"process {pid}" for pid in self.qemus()]
 
     def clear(self):
@@ -455,6 +475,22 @@ class Daemon:
 
     def guest(self, name):
         return Guest(self, name)
+
+
+def copy_templates(state, copy=os.link):
+    """Gives a new state directory the template of image tiny as it is by default, made once in a run."""
+    made = os.path.join(RUN.path, "templates")
+    if not os.path.isdir(made):
+        one = Daemon("warm=auto", templates=False).start()
+        try:
+            one.boot("first")
+            wait_for(one.templates, "a template is made", 120)
+        finally:
+            one.clear()
+        os.rename(os.path.join(one.state, "templates"), made)
+    # By hard links, as nothing writes to a template.
+    os.makedirs(state, 0o700)
+    shutil.copytree(made, os.path.join(state, "templates"), copy_function=copy)
 
 
 def children(pid):

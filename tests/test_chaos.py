@@ -523,7 +523,7 @@ class Chaos:
         assert self.daemon.remains() == []
         assert os.listdir(os.path.join(self.daemon.state, "new")) == []
         assert {name for name in os.listdir(self.daemon.state)} <= {
-            "defaults", "id_ed25519", "id_ed25519.pub", "lock", "log", "new", "trash", "vms",
+            "defaults", "id_ed25519", "id_ed25519.pub", "lock", "log", "new", "templates", "trash", "vms",
         }  # fmt: skip
         assert os.listdir(os.path.join(self.daemon.state, "defaults")) == ["vm.json"]
         wait_for(lambda: not children(self.sshd.process.pid), "no command is left on the machine", 20)

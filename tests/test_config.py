@@ -33,6 +33,7 @@ DEFAULTS = {
     "stop_timeout": "10\n",
     "user": "",
     "vcpus": "",
+    "warm": "auto\n",
 }
 
 

@@ -220,9 +220,7 @@ static char *default_state_dir(void) {
 /* Sockets have short paths (sun_path has 108 bytes) and go with a reboot. Each state directory has
  * a folder of its own: FNV-1a of its path. */
 static char *runtime_dir(const char *state_dir) {
-    uint64_t hash = 0xcbf29ce484222325;
-    for (const char *c = state_dir; *c; c++)
-        hash = (hash ^ (unsigned char)*c) * 0x100000001b3;
+    uint64_t hash = number_hash(state_dir, strlen(state_dir));
     const char *runtime = getenv("XDG_RUNTIME_DIR");
     char *path = NULL;
     int n = getuid() == 0 ? asprintf(&path, "/run/vmsfs/%016llx", (unsigned long long)hash)

@@ -37,3 +37,10 @@ int number_parse_seconds(const char *text, double *ret_seconds) {
     *ret_seconds = strtod(text, NULL); /* never called with a locale but C */
     return 0;
 }
+
+uint64_t number_hash(const char *data, size_t length) {
+    uint64_t hash = 0xcbf29ce484222325;
+    for (size_t i = 0; i < length; i++)
+        hash = (hash ^ (unsigned char)data[i]) * 0x100000001b3;
+    return hash;
+}

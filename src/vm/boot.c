@@ -11,10 +11,13 @@
 #include "util/cpio.h"
 #include "util/errors.h"
 #include "util/fs.h"
+#include "util/log.h"
+#include "util/random.h"
 #include "vm/disk.h"
 #include "vm/host_key.h"
 #include "vm/machine.h"
 #include "vm/vars.h"
+#include "vm/warm.h"
 #include "vmm/vmm.h"
 
 /* Everything the worker thread uses is a copy, or constant for the life of the daemon. */
@@ -24,8 +27,10 @@ struct vm_boot {
     const struct settings *settings;
     struct vm_config config;
     char *id, *dir, *key_public;
-    char *key_path; /* to log in to an existing machine */
-    struct buf env; /* the guest's env file */
+    char *key_path;     /* to log in to an existing machine */
+    char *bad_template; /* to be removed; NULL: none */
+    bool cold;          /* no template is to be used */
+    struct buf env;     /* the guest's env file */
     struct vm_boot_result result;
     void (*done)(struct vm *vm, struct vm_boot_result *result);
 };
@@ -82,6 +87,28 @@ static int boot_host_key(struct vm_boot *boot, struct buf *ret_private) {
     return r < 0 ? boot_fail(boot, "cannot write", known_hosts, r) : 0;
 }
 
+#define BOOT_MACHINE_ID "etc/machine-id"
+
+/* machine-id(5): a random UUID of version 4, made once, without a newline here. */
+static int boot_machine_id(struct vm_boot *boot, char id[NONCE_LENGTH + 1]) {
+    cleanup_free char *path = NULL;
+    cleanup_buf struct buf text = {0};
+    if (asprintf(&path, "%s/machine-id", boot->dir) < 0)
+        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
+    if (fs_read(path, NONCE_LENGTH, &text) == 0 && text.len == NONCE_LENGTH) {
+        memcpy(id, text.data, NONCE_LENGTH);
+        id[NONCE_LENGTH] = '\0';
+        return 0;
+    }
+    int r = random_nonce(id);
+    if (r == 0) {
+        id[12] = '4';
+        id[16] = "89ab"[id[16] & 3];
+        r = fs_replace(path, 0600, id, NONCE_LENGTH);
+    }
+    return r < 0 ? boot_fail(boot, "cannot write", path, r) : 0;
+}
+
 /* The env file with the folders above it. */
 static int boot_archive_env(struct vm_boot *boot, struct buf *out) {
     cleanup_free char *path = strdup(boot->config.env_file + 1);
@@ -101,6 +128,10 @@ static int boot_archive_env(struct vm_boot *boot, struct buf *out) {
 /* The archive with what is particular to this VM (design, section 3: at boot). */
 static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct buf *out) {
     cleanup_buf struct buf hostname = {0}, injected = {0};
+    char machine_id[NONCE_LENGTH + 2];
+    if (boot_machine_id(boot, machine_id) < 0)
+        return boot->result.status;
+    machine_id[NONCE_LENGTH] = '\n';
     buf_printf(&hostname, "%s\n", boot->id);
     const struct {
         const char *path;
@@ -110,6 +141,7 @@ static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct
     } members[] = {
         {"etc", S_IFDIR | 0755, NULL, 0},
         {"etc/hostname", S_IFREG | 0644, hostname.data, hostname.len},
+        {BOOT_MACHINE_ID, S_IFREG | 0444, machine_id, NONCE_LENGTH + 1},
         {"etc/ssh", S_IFDIR | 0755, NULL, 0},
         {"etc/ssh/ssh_host_ed25519_key", S_IFREG | 0600, host_key->data, host_key->len},
         {"root", S_IFDIR | 0700, NULL, 0},
@@ -226,13 +258,69 @@ static int boot_find(struct vm_boot *boot) {
     return result->status = r;
 }
 
+void boot_configure(const struct settings *settings, const struct vm_config *vm,
+                    const struct image *image, struct buf *boot_args,
+                    struct vmm_config *ret_config) {
+    if (image->boot_args)
+        buf_printf(boot_args, "%s%s%s%s", image->boot_args, settings->verbose_boot ? "" : " quiet",
+                   vm->boot_args[0] ? " " : "", vm->boot_args);
+    *ret_config = (struct vmm_config){
+        .kernel = image->kernel,
+        .boot_args = boot_args->data,
+        .vcpus = vm->vcpus ? vm->vcpus : image->vcpus,
+        .memory = vm->memory ? vm->memory : image->memory,
+        .cpu_model = vm->cpu_model,
+        .address = vm->address,
+        .port = vm->port,
+    };
+}
+
+/* A template, if one may be used and fits; and what is to be made one of, if there could be one. A
+ * VM with a disk has other devices, and of a verbose boot somebody wants to see everything. */
+static void boot_find_template(struct vm_boot *boot) {
+    struct vm_boot_result *result = &boot->result;
+    cleanup_buf struct buf boot_args = {0};
+    cleanup_free char *why = NULL;
+    struct vmm_config config;
+    if (boot->bad_template && fs_remove_all(boot->bad_template) < 0)
+        log_error("cannot remove %s: %s", boot->bad_template, strerror(errno));
+    if (!result->backend->templates || !result->image.warm || boot->config.disk ||
+        boot->settings->verbose_boot || strcmp(boot->config.warm, "off") == 0)
+        return;
+    boot_configure(boot->settings, &boot->config, &result->image, &boot_args, &config);
+    if (boot_args.failed ||
+        !(result->plan = warm_plan_new(result->backend, &config, &result->image)) || boot->cold)
+        return;
+    int r = template_open(boot->settings->state_dir, &result->plan->key, &result->template, &why);
+    if (r < 0 && r != -ENOENT)
+        log_warn("%s: %s; it is removed, and the VM boots cold", boot->id,
+                 why ? why : strerror(-r));
+}
+
+/* What the guest of a template is told: the archive that another one has behind its initrd. */
+static int boot_identity(struct vm_boot *boot, const struct buf *archive) {
+    cleanup_free char *path = NULL;
+    if (asprintf(&path, "%s/identity", boot->dir) < 0)
+        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
+    int r = fs_replace_fast(path, 0600, archive->data, archive->len);
+    if (r < 0)
+        return boot_fail(boot, "cannot write", path, r);
+    boot->result.identity = path;
+    path = NULL;
+    return 0;
+}
+
 static void boot_work(uv_work_t *work) {
     struct vm_boot *boot = work->data;
     cleanup_buf struct buf host_key = {0}, archive = {0};
     if (boot_find(boot) < 0 || boot->result.backend->existing ||
         boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
         return;
-    boot_initrd(boot, &archive);
+    boot_find_template(boot);
+    if (boot->result.template.dir)
+        boot_identity(boot, &archive);
+    else
+        boot_initrd(boot, &archive);
     explicit_bzero(host_key.data, host_key.len);
     explicit_bzero(archive.data, archive.len);
 }
@@ -246,6 +334,10 @@ static void boot_free(struct vm_boot *boot) {
     buf_free(&boot->env);
     free(boot->result.why);
     free(boot->result.initrd);
+    free(boot->result.identity);
+    template_close(&boot->result.template);
+    warm_plan_free(boot->result.plan);
+    free(boot->bad_template);
     free(boot->result.disk);
     buf_free(&boot->result.host_key);
     image_close(&boot->result.image);
@@ -273,6 +365,9 @@ int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_resul
     boot->key_public = strdup(vm->daemon->key_public);
     boot->key_path = strdup(vm->config.key[0] ? vm->config.key : vm->daemon->key_path);
     boot->work.data = boot;
+    boot->bad_template = vm->bad_template;
+    boot->cold = vm->bad_template;
+    vm->bad_template = NULL;
     int r = config_copy(&boot->config, &vm->config);
     if (r == 0)
         r = vars_inject(vm->vars, &boot->env);

@@ -18,6 +18,7 @@
 static const char *const config_backends[] = {"auto", VMM_BACKENDS(CONFIG_BACKEND) NULL};
 #undef CONFIG_BACKEND
 static const char *const config_yes_no[] = {"yes", "no", NULL};
+static const char *const config_warms[] = {"auto", "off", NULL};
 static const char *const config_shells[] = {"login", "raw", NULL};
 
 #define CONFIG_FIELD(field) .name = #field, .offset = offsetof(struct vm_config, field)
@@ -61,6 +62,8 @@ const struct config_setting config_settings[CONFIG_SETTINGS] = {
      .otherwise = "what the image says, else root", .help = "whom to log in as"},
     {CONFIG_FIELD(vcpus), .kind = CONFIG_NUMBER, .least = 1, .most = 64, .standard = "",
      .otherwise = "what the image says", .help = "CPUs"},
+    {CONFIG_FIELD(warm), .kind = CONFIG_CHOICE, .choices = config_warms, .standard = "auto",
+     .help = "off: boots cold, from no template"},
 };
 
 /* ---- what each kind takes ---- */

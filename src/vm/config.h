@@ -29,6 +29,7 @@ struct vm_config {
     char *protected;       /* "yes": it is not destroyed */
     unsigned lifetime;     /* s, from running; 0: no end */
     unsigned idle_timeout; /* s, without anybody asking for anything; 0: no end */
+    char *warm;            /* "off": it boots cold, whatever templates there are */
     char *user;            /* whom to log in as; empty: what the image says, else root */
     /* Of an existing machine. */
     char *address;  /* host name or IP address */
@@ -70,7 +71,7 @@ struct config_setting {
     unsigned flags;             /* of CONFIG_LIVE, … */
 };
 
-#define CONFIG_SETTINGS 19
+#define CONFIG_SETTINGS 20
 extern const struct config_setting config_settings[CONFIG_SETTINGS]; /* sorted by name */
 
 /* NULL: there is no such setting. */

@@ -18,6 +18,7 @@
  * no SSH server yet refuses at once, so while it boots the pace decides how early it is found. */
 #define CONTROL_RETRY_MS 50
 #define CONTROL_RETRY_MOST_MS 1000
+#define CONTROL_LATER_MS 2000       /* for somebody who will be called before */
 #define CONTROL_DENIED_MOST_MS 8000 /* for a machine of others, who may count what they refuse */
 
 /* The most that an answer may hold: the variables, quoted, and some more. */
@@ -245,12 +246,15 @@ static void control_connect(struct control *control) {
         control_lost(control, r, error_text(r));
 }
 
-void control_start(struct control *control) {
+void control_start(struct control *control, bool later) {
     if (control->started)
         return;
     control->started = true;
     control->retry = CONTROL_RETRY_MS;
-    control_connect(control);
+    if (later)
+        uv_timer_start(control->timer, control_retry, CONTROL_LATER_MS, 0);
+    else
+        control_connect(control);
 }
 
 void control_hurry(struct control *control) {

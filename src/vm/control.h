@@ -22,8 +22,8 @@ void control_free(struct control *control);
 
 /* Connects to where the VMM says the guest is, and again when the connection is lost, until
  * control_stop(). Tells vm_guest_up() each time the shell answers, vm_guest_lost() when it is lost.
- */
-void control_start(struct control *control);
+ * `later`: somebody will call control_hurry() when the guest listens; not for long, though. */
+void control_start(struct control *control, bool later);
 
 /* The guest is known to listen now: an attempt that waits for an answer since before is given up
  * for a new one. */

@@ -22,6 +22,7 @@
 #include "vm/record.h"
 #include "vm/vars.h"
 #include "vm/vm.h"
+#include "vm/warm.h"
 #include "vmm/vmm.h"
 
 /* The state directory: its lock, the daemon's own key, the VMs that are recorded in it. */
@@ -256,6 +257,7 @@ static void daemon_keep_house(uv_timer_t *timer) {
     struct vm *vm;
     bool rare = ++d->house_turns % HOUSEKEEPING_RARE == 0;
     d->looked_at = 0;
+    warm_keep_house(d);
     if (rare && d->trim) { /* what sessions leave free is between what is in use */
         d->trim = false;
         malloc_trim(0);
@@ -295,6 +297,8 @@ int daemon_open(struct daemon *d, char **ret_why) {
         r = daemon_own_directory(d->settings.runtime_dir, ret_why);
     if (r == 0)
         r = daemon_key(d, ret_why);
+    if (r == 0)
+        r = warm_open(d);
     if (r == 0 && (r = prepare_load(d, ret_why)) < 0 && !*ret_why)
         daemon_fail(ret_why, r, "cannot bring back what is prepared in", d->settings.state_dir);
     if (r == 0)
@@ -347,6 +351,7 @@ void daemon_end_session(struct daemon *d) {
 void daemon_close(struct daemon *d) {
     struct vm *vm, *next;
     d->closing = true;
+    warm_close(d);
     if (d->housekeeping)
         uv_close((uv_handle_t *)d->housekeeping, (uv_close_cb)free);
     d->housekeeping = NULL;
@@ -365,6 +370,7 @@ void daemon_free(struct daemon *d) {
         rmdir(d->settings.runtime_dir); /* unless VMs go on running */
         close(d->lock_fd);
     }
+    warm_free(d);
     free(d->key_path);
     free(d->key_public);
     free(d->settings.mountpoint);

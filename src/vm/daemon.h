@@ -14,6 +14,7 @@
 /* The whole that the VMs live in: one for each process, made by main(). */
 
 struct vm;
+struct warm;
 
 /* What the command line and the environment decide; set before the daemon starts, constant after.
  */
@@ -52,6 +53,7 @@ struct daemon {
     struct vm_index prepared; /* .new/ */
     struct vm *defaults;      /* .defaults/ */
     struct list ending;       /* VMs that are being destroyed */
+    struct warm *warm;        /* makes templates (vm/warm.h) */
 };
 
 /* Takes the state directory (one daemon each: -EBUSY with *ret_why), makes what is missing in it,

@@ -34,6 +34,7 @@ void image_close(struct image *image) {
     free(image->boot_args);
     free(image->user);
     free(image->ready);
+    free(image->warm_boot_args);
     *image = (struct image){0};
 }
 
@@ -104,6 +105,14 @@ static int image_disk(struct image *image, const json_t *json) {
                : 0;
 }
 
+static int image_warm(struct image *image, const json_t *json) {
+    const json_t *value = json_object_get(json, "warm");
+    if (value && (!json_is_string(value) || strcmp(json_string_value(value), "port") != 0))
+        return -ERR_INVALID;
+    image->warm = value;
+    return image_text(json, "warm_boot_args", "", &image->warm_boot_args);
+}
+
 static int image_parse(struct image *image, const json_t *json, const char **ret_field) {
     const char *inject = json_string_value(json_object_get(json, "inject"));
     const char *os = json_string_value(json_object_get(json, "os"));
@@ -118,6 +127,9 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
         return -ERR_INVALID;
     *ret_field = "disk (must be \"overlay\") or disk_initrd";
     if (image_disk(image, json) < 0)
+        return -ERR_INVALID;
+    *ret_field = "warm (must be \"port\") or warm_boot_args";
+    if (image_warm(image, json) < 0)
         return -ERR_INVALID;
     if (image_file(image, json, *ret_field = "kernel", &image->kernel) < 0 ||
         image_file(image, json, *ret_field = "initrd", &image->initrd) < 0 ||

@@ -13,7 +13,10 @@
  * archive.
  *
  * "disk": "overlay": if there is a disk, the guest keeps on it what is written under `/`. The
- * initramfs has "disk_initrd" behind it then. */
+ * initramfs has "disk_initrd" behind it then.
+ *
+ * "warm": "port": booted with a virtio port named vmsfs.identity, the guest waits there for the
+ * archive that "inject" says, and is nobody until then; "warm_boot_args" are for that boot. */
 
 struct image {
     char *path;            /* of the folder, absolute */
@@ -22,7 +25,9 @@ struct image {
     char *disk_initrd;     /* absolute; NULL: none */
     char *boot_args;
     char *user;
-    char *ready; /* what the console says when the SSH server listens; empty: not known */
+    bool warm;            /* it can be made a template of, and started from that */
+    char *warm_boot_args; /* for the kernel of a template, behind boot_args */
+    char *ready;          /* what the console says when the SSH server listens; empty: not known */
     unsigned vcpus, memory, memory_min;
 };
 

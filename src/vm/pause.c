@@ -73,7 +73,7 @@ static void pause_resumed(void *arg, int status, const char *why) {
     if (connected)
         vars_resume(vm->vars);
     else
-        control_start(vm->control); /* it was paused when this daemon found it */
+        control_start(vm->control, false); /* it was paused when this daemon found it */
 }
 
 void vm_pause_saved(struct vm_wait *wait, int status) {

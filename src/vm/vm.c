@@ -20,6 +20,7 @@
 #include "vm/pause.h"
 #include "vm/target.h"
 #include "vm/vars.h"
+#include "vm/warm.h"
 #include "vmm/vmm.h"
 
 /* The life of a VM: booting, running, stopping, and what goes wrong. */
@@ -77,6 +78,8 @@ void vm_unref(struct vm *vm) {
     free(vm->dir);
     config_free(&vm->config);
     free(vm->backend_note);
+    warm_forget(vm);
+    free(vm->bad_template);
     free(vm->user);
     free(vm->removers);
     for (size_t i = 0; i < CONFIG_SETTINGS; i++)
@@ -208,6 +211,7 @@ void vm_announce(struct vm *vm) {
     if (!vm->running_since.tv_sec)
         clock_gettime(CLOCK_REALTIME, &vm->running_since);
     vm_use(vm);
+    warm_want(vm);
     vm_set_state(vm, VM_RUNNING);
     vars_resume(vm->vars);
     if (vm->pause_wanted && vm_pause(vm) < 0)
@@ -280,7 +284,7 @@ static void vm_vmm_ready(void *arg) {
     }
     if (vm->attached && vm->vmm->ops->pause)
         vm->vmm->ops->pause(vm->vmm, false, NULL);
-    control_start(vm->control);
+    control_start(vm->control, vm->template && vm->console_watch);
 }
 
 static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
@@ -289,7 +293,7 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
     vm->vmm->ops->release(vm->vmm);
     vm->vmm = NULL;
     vm->attached = false;
-    if (!vm->gone) {
+    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, why))) {
         if (was == VM_FAILED || was == VM_STOPPED) {
             log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
         } else if (was == VM_STOPPING || (powered_off && was != VM_BOOTING)) {
@@ -383,26 +387,18 @@ static int vm_take_boot(struct vm *vm, struct vm_boot_result *result) {
 /* Starts the VMM. */
 static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
     const struct settings *settings = &vm->daemon->settings;
-    const struct image *image = &result->image;
     cleanup_buf struct buf socket = {0}, boot_args = {0};
+    struct vmm_config config;
     buf_printf(&socket, "%s/%llu.qmp", settings->runtime_dir, (unsigned long long)vm->number);
-    if (image->boot_args)
-        buf_printf(&boot_args, "%s%s%s%s", image->boot_args, settings->verbose_boot ? "" : " quiet",
-                   vm->config.boot_args[0] ? " " : "", vm->config.boot_args);
-    struct vmm_config config = {
-        .id = vm->id,
-        .dir = vm->dir,
-        .socket = socket.data,
-        .kernel = image->kernel,
-        .initrd = result->initrd,
-        .boot_args = boot_args.data,
-        .vcpus = vm->config.vcpus ? vm->config.vcpus : image->vcpus,
-        .memory = vm->config.memory ? vm->config.memory : image->memory,
-        .disk = result->disk,
-        .cpu_model = vm->config.cpu_model,
-        .address = vm->config.address,
-        .port = vm->config.port,
-    };
+    boot_configure(settings, &vm->config, &result->image, &boot_args, &config);
+    config.id = vm->id;
+    config.dir = vm->dir;
+    config.socket = socket.data;
+    config.initrd = result->initrd;
+    config.disk = result->disk;
+    config.ram = result->template.ram;
+    config.device_state = result->template.state;
+    config.identity = result->identity;
     if (socket.failed || boot_args.failed)
         return -ERR_NO_MEMORY;
     return vm->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);
@@ -427,8 +423,11 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
         return;
     }
     int r = vm_take_boot(vm, result);
+    warm_take_boot(vm, result);
     if (r == 0)
         r = vm_create_vmm(vm, result);
+    if (r < 0 && warm_fall_back(vm, strerror(-r)))
+        return;
     if (r < 0) {
         vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,
                 strerror(-r));
@@ -450,11 +449,15 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
 }
 
 void vm_watch_boot(struct vm *vm) {
-    uv_timer_start(vm->timer, vm_boot_overdue, (uint64_t)vm->config.boot_timeout * 1000, 0);
+    uint64_t passed = uv_now(vm->daemon->loop) - vm->boot_started, warm = warm_time(vm);
+    uint64_t most = warm ? warm : (uint64_t)vm->config.boot_timeout * 1000;
+    uv_timer_start(vm->timer, warm ? warm_overdue : vm_boot_overdue,
+                   most > passed ? most - passed : 1, 0);
 }
 
 int vm_boot(struct vm *vm) {
     vm->attached = false;
+    warm_forget(vm); /* what is known of the last boot */
     if (!machine_is_existing(vm))
         orphans_clear(vm->orphans);
     vm->boot_started = uv_now(vm->daemon->loop);
@@ -487,6 +490,7 @@ json_t *vm_info(const struct vm *vm) {
     json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
     json_object_set_new(info, "booted_ms",
                         vm->booted_ms ? json_integer((json_int_t)vm->booted_ms) : json_null());
+    json_object_set_new(info, "warm", json_boolean(vm->template != NULL));
     if (vm->vmm)
         vm->vmm->ops->describe(vm->vmm, info);
     vars_describe(vm->vars, info);

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -178,9 +179,22 @@ static int process_watch(uv_loop_t *loop, pid_t pid, int pidfd, uint64_t start_t
     return 0;
 }
 
+/* `copies` are descriptors above all those that the child gets, so that none is in another's way.
+ */
+static int process_hand_down(posix_spawn_file_actions_t *actions, const int *copies) {
+    int count = 0;
+    for (; count < PROCESS_FDS && copies[count] >= 0; count++) {
+        int error = posix_spawn_file_actions_adddup2(actions, copies[count], PROCESS_FD + count);
+        if (error)
+            return error;
+    }
+    return posix_spawn_file_actions_addclosefrom_np(actions, PROCESS_FD + count);
+}
+
 /* posix_spawn and not uv_spawn: it closes every other descriptor, those too that this daemon was
  * started with, and the end is told by the pidfd for children and adopted processes alike. */
-static int process_start(const struct process_options *o, int log, pid_t *ret_pid) {
+static int process_start_with(const struct process_options *o, const int *copies, int log,
+                              pid_t *ret_pid) {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t none, all;
@@ -201,15 +215,29 @@ static int process_start(const struct process_options *o, int log, pid_t *ret_pi
         (error = posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)) ||
         (error = posix_spawn_file_actions_adddup2(&actions, log, 1)) ||
         (error = posix_spawn_file_actions_adddup2(&actions, log, 2)) ||
-        (o->fd >= 0 && (error = posix_spawn_file_actions_adddup2(&actions, o->fd, PROCESS_FD))) ||
-        (error = posix_spawn_file_actions_addclosefrom_np(&actions, o->fd >= 0 ? PROCESS_FD + 1
-                                                                               : PROCESS_FD)) ||
+        (error = process_hand_down(&actions, copies)) ||
         (error = posix_spawn_file_actions_addchdir_np(&actions, "/")) ||
         (error = posix_spawn(ret_pid, o->program, &actions, &attributes, o->argv, o->env)))
         log_debug("%s cannot be started: %s", o->program, strerror(error));
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
     return -error;
+}
+
+static int process_start(const struct process_options *o, int log, pid_t *ret_pid) {
+    int copies[PROCESS_FDS], status = 0;
+    for (int i = 0; i < PROCESS_FDS; i++) {
+        copies[i] =
+            o->fds[i] < 0 ? -1 : fcntl(o->fds[i], F_DUPFD_CLOEXEC, PROCESS_FD + PROCESS_FDS);
+        if (o->fds[i] >= 0 && copies[i] < 0)
+            status = -errno;
+    }
+    if (status == 0)
+        status = process_start_with(o, copies, log, ret_pid);
+    for (int i = 0; i < PROCESS_FDS; i++)
+        if (copies[i] >= 0)
+            close(copies[i]);
+    return status;
 }
 
 int process_spawn(uv_loop_t *loop, const struct process_options *options, process_exited *exited,
@@ -222,7 +250,9 @@ int process_spawn(uv_loop_t *loop, const struct process_options *options, proces
     int status = process_start(options, log, &pid);
     if (status < 0)
         return status;
-    /* Nobody else waits for the child, so its number stays its own. */
+    /* Nobody else waits for the child, so its number stays its own. Threads inherit the policy. */
+    if (options->idle && sched_setscheduler(pid, SCHED_IDLE, &(struct sched_param){0}) < 0)
+        log_debug("process %d has no idle priority: %s", (int)pid, strerror(errno));
     int pidfd = pidfd_open(pid, 0);
     status = pidfd < 0 ? -errno : 0;
     uint64_t start_time = 0;
@@ -326,7 +356,8 @@ static int pipe_read(int fd, unsigned timeout_ms, struct buf *output) {
 
 int process_run(const char *program, char *const *argv, unsigned timeout_ms, struct buf *output) {
     char *env[] = {(char[]){"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, (char[]){"LC_ALL=C"}, NULL};
-    struct process_options options = {.program = program, .argv = argv, .env = env, .fd = -1};
+    struct process_options options = {
+        .program = program, .argv = argv, .env = env, .fds = {-1, -1}};
     int fds[2];
     if (pipe2(fds, O_CLOEXEC) < 0)
         return -errno;

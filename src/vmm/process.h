@@ -1,6 +1,7 @@
 #pragma once
 
 #include <jansson.h>
+#include <stdbool.h>
 #include <sys/types.h>
 #include <uv.h>
 
@@ -16,13 +17,16 @@ struct process;
  * was its parent, "exit status unknown". */
 typedef void process_exited(void *arg, const char *how);
 
+#define PROCESS_FDS 2
+
 /* Borrowed for the call. */
 struct process_options {
-    const char *program; /* absolute path */
-    char *const *argv;   /* NULL-terminated */
-    char *const *env;    /* NULL-terminated; the daemon's own is not handed down */
-    const char *log;     /* stdout and stderr go here; emptied first */
-    int fd;              /* becomes descriptor PROCESS_FD, the only one above 2; -1: none */
+    const char *program;  /* absolute path */
+    char *const *argv;    /* NULL-terminated */
+    char *const *env;     /* NULL-terminated; the daemon's own is not handed down */
+    const char *log;      /* stdout and stderr go here; emptied first */
+    int fds[PROCESS_FDS]; /* become descriptors PROCESS_FD, …, the only ones above 2; -1: none */
+    bool idle;            /* it runs when nobody else wants the CPU */
 };
 
 #define PROCESS_FD 3

@@ -13,7 +13,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
@@ -53,8 +52,9 @@ struct qemu {
     unsigned handles;        /* of these two, not yet closed */
     enum qemu_stage stage;
     bool kvm;
-    uint16_t port;                                          /* 0: not known yet */
-    unsigned quit_ms;                                       /* of stop() */
+    bool restoring;   /* starts from a template, and has not been told to go on from it yet */
+    uint16_t port;    /* 0: not known yet */
+    unsigned quit_ms; /* of stop() */
     void (*paused)(void *arg, int status, const char *why); /* of pause(); or NULL */
     char *socket;                                           /* owned; path */
     char *log;                                              /* owned; path, of QEMU's own output */
@@ -367,28 +367,56 @@ static int qemu_new(uv_loop_t *loop, const struct vmm_config *config, const char
     return 0;
 }
 
-/* Returns the descriptor or -errno. */
-static int qemu_listen(const char *path) {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof address.sun_path) {
-        log_error("%s: the path of a socket has 107 bytes at most, this has %zu", path,
-                  strlen(path));
-        return -ERR_NAME_TOO_LONG;
+/* Names for the file of the identity as QEMU's `pipe` wants them. */
+static int qemu_link_port(const char *identity) {
+    const struct {
+        const char *suffix, *target;
+    } links[] = {{QEMU_PORT_SUFFIX ".in", identity}, {QEMU_PORT_SUFFIX ".out", "/dev/null"}};
+    for (size_t i = 0; i < sizeof links / sizeof *links; i++) {
+        cleanup_buf struct buf path = {0};
+        buf_printf(&path, "%s%s", identity, links[i].suffix);
+        if (path.failed)
+            return path.failed;
+        unlink(path.data);
+        if (symlink(links[i].target, path.data) < 0)
+            return -errno;
     }
-    memcpy(address.sun_path, path, strlen(path));
-    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        return -errno;
-    /* What an earlier boot left. Linux creates the file with the mode of the socket's inode
-     * (unix_bind), so there is no moment with a wider one, and no umask that other threads would
-     * get too. */
-    unlink(path);
-    if (fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) < 0 ||
-        listen(fd, 1) < 0)
-        return -errno;
-    int ret = fd;
-    fd = -1;
-    return ret;
+    return 0;
+}
+
+static void qemu_on_restoring(void *arg, int status, const json_t *result, const char *why) {
+    struct qemu *q = arg;
+    (void)result;
+    if (status == 0 || q->stage != STAGE_STARTING)
+        return;
+    if (!q->killed_for[0])
+        snprintf(q->killed_for, sizeof q->killed_for, "QEMU does not take the template: %s", why);
+    qemu_set_deadline(q, QEMU_GRACE_MS);
+}
+
+/* From here on it does not need this daemon any more. */
+static void qemu_on_restored(void *arg, int status, const json_t *result, const char *why) {
+    struct qemu *q = arg;
+    if (status == 0)
+        q->restoring = false;
+    qemu_on_restoring(arg, status, result, why);
+}
+
+/* Tells it where it goes on from. */
+static int qemu_restore(struct qemu *q) {
+    char uri[32];
+    snprintf(uri, sizeof uri, "fd:%d", QEMU_STATE_FD);
+    json_t *capabilities = qemu_template_capabilities(), *from = json_pack("{s:s}", "uri", uri);
+    int status = capabilities ? qmp_command(q->qmp, "migrate-set-capabilities", capabilities,
+                                            QEMU_START_MS, qemu_on_restoring, q)
+                              : -ENOMEM;
+    if (status < 0) {
+        json_decref(from);
+        return status;
+    }
+    q->restoring = true;
+    return from ? qmp_command(q->qmp, "migrate-incoming", from, QEMU_START_MS, qemu_on_restored, q)
+                : -ENOMEM;
 }
 
 static int qemu_spawn(struct qemu *q, const struct vmm_config *config, int listener) {
@@ -403,6 +431,10 @@ static int qemu_spawn(struct qemu *q, const struct vmm_config *config, int liste
         open(serial, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return -errno;
+    cleanup_close int state =
+        config->ram ? open(config->device_state, O_RDONLY | O_CLOEXEC | O_NOFOLLOW) : -1;
+    if (config->ram && (state < 0 || (status = qemu_link_port(config->identity)) < 0))
+        return status < 0 ? status : -errno;
     if ((status = qemu_command_build(&argv, config, program, q->kvm, PROCESS_FD, serial)) < 0 ||
         (status = qemu_command_build_env(&env, config->dir)) < 0)
         return status;
@@ -411,7 +443,7 @@ static int qemu_spawn(struct qemu *q, const struct vmm_config *config, int liste
         .argv = argv.items,
         .env = env.items,
         .log = q->log,
-        .fd = listener,
+        .fds = {listener, state},
     };
     return process_spawn(q->loop, &options, qemu_on_exited, q, &q->process);
 }
@@ -430,6 +462,8 @@ static int qemu_create(uv_loop_t *loop, const struct vmm_config *config,
     }
     /* Spawning comes last: there is nothing to take back behind it. */
     status = qmp_open(loop, q->socket, QEMU_START_MS, &qemu_qmp_events, q, &q->qmp);
+    if (status == 0 && config->ram)
+        status = qemu_restore(q);
     if (status == 0)
         status = qemu_spawn(q, config, listener);
     if (status < 0) {
@@ -481,7 +515,7 @@ static unsigned qemu_end_strays(const char *dir) {
 
 static json_t *qemu_save(const struct vmm *vmm) {
     const struct qemu *q = qemu_of(vmm);
-    if (q->stage == STAGE_EXITED)
+    if (q->stage == STAGE_EXITED || q->restoring)
         return NULL;
     json_t *saved = json_pack("{s:s, s:i, s:s}", "socket", q->socket, "port", q->port, "accel",
                               q->kvm ? "kvm" : "tcg");
@@ -551,6 +585,7 @@ static int qemu_check(char **ret_why) {
 
 const struct vmm_ops qemu_ops = {
     .name = "qemu",
+    .templates = &qemu_template_ops,
     .check = qemu_check,
     .create = qemu_create,
     .adopt = qemu_adopt,

@@ -4,9 +4,13 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "util/log.h"
 
 #define QEMU_PROGRAM "qemu-system-x86_64"
 
@@ -61,6 +65,14 @@ void qemu_command_print_path(struct buf *out, const char *prefix, const char *pa
             buf_append_char(out, ',');
     }
     buf_append_str(out, suffix);
+}
+
+void qemu_command_add_words(struct qemu_command *c, ...) {
+    va_list words;
+    va_start(words, c);
+    for (const char *word; (word = va_arg(words, const char *));)
+        command_add(c, "%s", word);
+    va_end(words);
 }
 
 static void command_add_path(struct qemu_command *c, const char *prefix, const char *path,
@@ -146,6 +158,58 @@ bool qemu_kvm_is_usable(const char **ret_why) {
     return !why;
 }
 
+/* The template writes to the file of its memory; who starts from it copies the pages that he
+ * writes, and shares the others with everybody. */
+static void command_add_memory(struct qemu_command *c, const struct vmm_config *config) {
+    cleanup_buf struct buf prefix = {0};
+    buf_printf(&prefix, "memory-backend-file,id=ram0,size=%uM,share=%s,mem-path=", config->memory,
+               config->identity ? "off" : "on");
+    command_add(c, "-object");
+    command_add_path(c, prefix.failed ? "" : prefix.data, config->ram, "");
+    command_add_option(c, "-machine", QEMU_MACHINE ",memory-backend=ram0");
+}
+
+/* The port through which the guest reads who it is. In the template nothing ever comes; afterwards
+ * it is a file, which QEMU's `pipe` takes as well, and what the guest writes goes nowhere. */
+static void command_add_port(struct qemu_command *c, const struct vmm_config *config) {
+    command_add(c, "-chardev");
+    if (config->identity)
+        command_add_path(c, "pipe,id=port0,path=", config->identity, QEMU_PORT_SUFFIX);
+    else
+        command_add(c, "ringbuf,id=port0,size=64");
+    command_add_option(c, "-device", "virtio-serial-pci,max_ports=2");
+    command_add_option(c, "-device",
+                       "virtserialport,id=" QEMU_PORT ",chardev=port0,name=vmsfs." QEMU_PORT);
+}
+
+json_t *qemu_template_capabilities(void) {
+    return json_pack("{s:[{s:s, s:b}]}", "capabilities", "capability", "x-ignore-shared", "state",
+                     1);
+}
+
+int qemu_listen(const char *path) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path) {
+        log_error("%s: the path of a socket has 107 bytes at most, this has %zu", path,
+                  strlen(path));
+        return -ERR_NAME_TOO_LONG;
+    }
+    memcpy(address.sun_path, path, strlen(path));
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    /* What an earlier boot left. Linux creates the file with the mode of the socket's inode
+     * (unix_bind), so there is no moment with a wider one, and no umask that other threads would
+     * get too. */
+    unlink(path);
+    if (fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) < 0 ||
+        listen(fd, 1) < 0)
+        return -errno;
+    int ret = fd;
+    fd = -1;
+    return ret;
+}
+
 int qemu_command_build(struct qemu_command *c, const struct vmm_config *config, const char *program,
                        bool kvm, int qmp_fd, const char *serial_log) {
     command_add(c, "%s", program);
@@ -159,7 +223,10 @@ int qemu_command_build(struct qemu_command *c, const struct vmm_config *config, 
     command_add_option(c, "-sandbox",
                        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
 
-    command_add_option(c, "-machine", QEMU_MACHINE);
+    if (config->ram)
+        command_add_memory(c, config);
+    else
+        command_add_option(c, "-machine", QEMU_MACHINE);
     command_add_option(c, "-accel", kvm ? "kvm" : QEMU_ACCEL_TCG);
     const char *cpu = config->cpu_model && config->cpu_model[0] ? config->cpu_model : NULL;
     command_add_option(c, "-cpu", cpu ? cpu : kvm ? "host" : QEMU_CPU_TCG);
@@ -168,17 +235,27 @@ int qemu_command_build(struct qemu_command *c, const struct vmm_config *config, 
     command_add(c, "-smp");
     command_add(c, "%u", config->vcpus);
 
-    /* These three are plain strings to QEMU, with nothing to quote. */
-    command_add_option(c, "-kernel", config->kernel);
-    if (config->initrd)
-        command_add_option(c, "-initrd", config->initrd);
-    if (config->boot_args)
-        command_add_option(c, "-append", config->boot_args);
+    /* These three are plain strings to QEMU, with nothing to quote. What starts from a template has
+     * its kernel in memory. */
+    if (!config->identity) {
+        command_add_option(c, "-kernel", config->kernel);
+        if (config->initrd)
+            command_add_option(c, "-initrd", config->initrd);
+        if (config->boot_args)
+            command_add_option(c, "-append", config->boot_args);
+    } else {
+        command_add_option(c, "-incoming", "defer");
+    }
 
     /* libslirp picks a free port of the host; `info usernet` tells which. */
-    command_add_option(c, "-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22");
+    bool template = config->ram && !config->identity;
+    command_add_option(c, "-netdev",
+                       template ? "user,id=net0" : "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22");
     command_add_option(c, "-device", "virtio-net-pci,netdev=net0,romfile=");
     command_add_option(c, "-device", "virtio-rng-pci");
+
+    if (config->ram)
+        command_add_port(c, config);
 
     /* Where the host has no room, the guest is told so, as by a disk that fails: QEMU's own choice
      * is to pause it. */

@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 #include "util/buf.h"
+#include "vmm/process.h"
 #include "vmm/vmm.h"
 
 /* How QEMU is found and called. */
@@ -20,6 +21,9 @@ struct qemu_command {
 void qemu_command_free(struct qemu_command *command);
 #define cleanup_qemu_command __attribute__((cleanup(qemu_command_free)))
 
+/* Adds words, as they are, up to a NULL. */
+void qemu_command_add_words(struct qemu_command *command, ...) __attribute__((sentinel));
+
 /* The absolute path of QEMU: from PATH, or where distributions put it. -ENOENT: nowhere. The caller
  * frees it. */
 int qemu_program_find(char **ret_path);
@@ -31,6 +35,25 @@ bool qemu_kvm_is_usable(const char **ret_why);
  * `serial_log` an absolute path. */
 int qemu_command_build(struct qemu_command *command, const struct vmm_config *config,
                        const char *program, bool kvm, int qmp_fd, const char *serial_log);
+
+/* The descriptor of the device state, in a QEMU that starts from a template. */
+#define QEMU_STATE_FD (PROCESS_FD + 1)
+
+/* What QMP's migrate-set-capabilities takes: memory that is a file of its own is not in the device
+ * state. NULL: no memory. */
+json_t *qemu_template_capabilities(void);
+
+/* QEMU's name for the port through which a guest is told who it is. */
+#define QEMU_PORT "identity"
+
+/* Beside the file of the identity: links to it and to nowhere, with `.in` and `.out` behind, as
+ * QEMU wants it. */
+#define QEMU_PORT_SUFFIX ".port"
+
+/* A listening QMP socket at `path`. Returns the descriptor or -errno. */
+int qemu_listen(const char *path);
+
+extern const struct vmm_template_ops qemu_template_ops;
 
 /* The environment: nothing of the daemon's. Temporary files go to `dir`. */
 int qemu_command_build_env(struct qemu_command *env, const char *dir);

@@ -1,10 +1,13 @@
 #include "vmm/qmp.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
@@ -18,6 +21,7 @@ struct qmp_request {
     json_int_t id;
     const char *name; /* a string constant of the caller */
     char *text;       /* owned; what goes over the wire, NULL once it is on its way */
+    int fd;           /* owned; goes with the text; -1: none */
     uint64_t due;     /* in the loop's time */
     unsigned timeout_ms;
     qmp_done *done;
@@ -48,6 +52,8 @@ struct qmp_write {
 
 static void qmp_request_free(struct qmp_request *r) {
     list_remove(&r->link);
+    if (r->fd >= 0)
+        close(r->fd);
     free(r->text);
     free(r);
 }
@@ -151,6 +157,30 @@ static void qmp_on_written(uv_write_t *request, int status) {
     free(w);
 }
 
+/* Past libuv, which sends no descriptors but those of its own handles. Nothing else is on its way
+ * at this moment, and a line this short fits into the socket's buffer as a whole. */
+static int qmp_send_with_fd(struct qmp *q, const char *text, int fd) {
+    union {
+        char data[CMSG_SPACE(sizeof fd)];
+        struct cmsghdr header;
+    } control = {0};
+    struct iovec part = {.iov_base = (char *)(uintptr_t)text, .iov_len = strlen(text)};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.data,
+                             .msg_controllen = sizeof control.data};
+    uv_os_fd_t to;
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof fd);
+    memcpy(CMSG_DATA(header), &fd, sizeof fd);
+    int status = uv_fileno((uv_handle_t *)&q->pipe, &to);
+    if (status < 0)
+        return status;
+    return sendmsg(to, &message, MSG_NOSIGNAL) == (ssize_t)part.iov_len ? 0 : -EIO;
+}
+
 /* Sends the first request. The next one goes when it was answered or given up: a late answer has an
  * id that is not waited for. */
 static void qmp_send_next(struct qmp *q) {
@@ -159,6 +189,13 @@ static void qmp_send_next(struct qmp *q) {
     struct qmp_request *r = LIST_OWNER(q->requests.next, struct qmp_request, link);
     if (!r->text)
         return;
+    if (r->fd >= 0) {
+        if (qmp_send_with_fd(q, r->text, r->fd) < 0)
+            qmp_abort(q, -ERR_UNREACHABLE, "no descriptor can be given to QEMU");
+        free(r->text);
+        r->text = NULL;
+        return;
+    }
     struct qmp_write *w = calloc(1, sizeof *w);
     if (!w) {
         qmp_abort(q, -ENOMEM, "out of memory");
@@ -266,8 +303,9 @@ static void qmp_on_capabilities(void *arg, int status, const json_t *result, con
         qmp_abort(arg, status, why);
 }
 
-int qmp_command(struct qmp *q, const char *name, json_t *arguments, unsigned timeout_ms,
-                qmp_done *done, void *arg) {
+/* Takes over `fd`, and closes it also where it fails. */
+static int qmp_queue(struct qmp *q, const char *name, json_t *arguments, int fd,
+                     unsigned timeout_ms, qmp_done *done, void *arg) {
     json_int_t id = q->last_id + 1;
     /* "o*" leaves the member out for NULL, and takes the reference. */
     json_t *message =
@@ -282,12 +320,15 @@ int qmp_command(struct qmp *q, const char *name, json_t *arguments, unsigned tim
     struct qmp_request *r = calloc(1, sizeof *r);
     if (!json || text.failed || !r) {
         free(r);
+        if (fd >= 0)
+            close(fd);
         return -ENOMEM;
     }
     q->last_id = id;
     *r = (struct qmp_request){
         .id = id,
         .name = name,
+        .fd = fd,
         .text = buf_steal(&text, NULL),
         .timeout_ms = timeout_ms,
         .due = uv_now(q->timer.loop) + (q->failed || !timeout_ms ? 1 : timeout_ms),
@@ -298,6 +339,19 @@ int qmp_command(struct qmp *q, const char *name, json_t *arguments, unsigned tim
     qmp_send_next(q);
     qmp_schedule(q);
     return 0;
+}
+
+int qmp_command(struct qmp *q, const char *name, json_t *arguments, unsigned timeout_ms,
+                qmp_done *done, void *arg) {
+    return qmp_queue(q, name, arguments, -1, timeout_ms, done, arg);
+}
+
+int qmp_give_fd(struct qmp *q, const char *name, int fd, unsigned timeout_ms, qmp_done *done,
+                void *arg) {
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy < 0 ? -errno
+                    : qmp_queue(q, "getfd", json_pack("{s:s}", "fdname", name), copy, timeout_ms,
+                                done, arg);
 }
 
 bool qmp_is_lost(const struct qmp *q) {

@@ -38,6 +38,11 @@ int qmp_open(uv_loop_t *loop, const char *path, unsigned timeout_ms,
 int qmp_command(struct qmp *qmp, const char *name, json_t *arguments, unsigned timeout_ms,
                 qmp_done *done, void *arg);
 
+/* Gives QEMU a descriptor that later commands call `name` (getfd): as qmp_command(). The caller's
+ * own stays his, and may be closed at once. */
+int qmp_give_fd(struct qmp *qmp, const char *name, int fd, unsigned timeout_ms, qmp_done *done,
+                void *arg);
+
 /* Drops the connection: what waits fails with this status, and so does what is given later. */
 void qmp_abort(struct qmp *qmp, int status, const char *why);
 

@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <uv.h>
 
+#include "util/buf.h"
 #include "vmm/backends.h"
 
 /* Virtual machine monitors behind one table of operations (design, section 6: "Backends").
@@ -28,6 +29,11 @@ struct vmm_config {
     unsigned memory;       /* MiB */
     const char *disk;      /* a file with the bytes of the guest's disk (raw); NULL: none */
     const char *cpu_model; /* in the backend's words; empty or NULL: its choice */
+    /* Of a template and of a start from one (struct vmm_template_ops); NULL: neither. */
+    const char *ram;          /* file with the guest's memory */
+    const char *device_state; /* file with everything else that the machine is */
+    const char *identity; /* file that a guest started from a template is given through its port;
+                             NULL: a template is being made */
     /* Of a machine that exists already; nothing of the boot is set then. */
     const char *address; /* a name, or a numeric address */
     unsigned port;
@@ -52,10 +58,33 @@ struct vmm_endpoint {
     socklen_t length;
 };
 
+/* Warm starts. A template is a machine that has booted as far as it can without being anybody's; it
+ * is saved into two files, `ram` and `device_state` of the configuration, and create() with these
+ * goes on from there, any number of times. The guest reads who it is (`identity`) from a virtio
+ * port, as contrib/guest/README.md says. */
+struct vmm_template;
+struct vmm_template_ops {
+    /* Appends text that changes whenever templates of this configuration become useless: a newer
+     * VMM, another command line, another CPU. Blocks shortly. */
+    int (*fingerprint)(const struct vmm_config *config, struct buf *out);
+
+    /* Boots the machine, at a time when nobody else needs the CPU, and saves it. `done` is told
+     * when the VMM has ended: 0, and the files are complete, or why not. They are the caller's to
+     * remove in any case. It does not outlive the daemon. */
+    int (*make)(uv_loop_t *loop, const struct vmm_config *config,
+                void (*done)(void *arg, int status, const char *why), void *arg,
+                struct vmm_template **ret_template);
+
+    /* Ends that, also when it is done. No callback comes after this. NULL is allowed. */
+    void (*release)(struct vmm_template *template);
+};
+
 struct vmm_ops {
     const char *name; /* as in `config/backend` */
     bool existing;    /* the machine is there already: it is not booted but attached, from no image
                          and with nothing put into it; stop() leaves it running */
+
+    const struct vmm_template_ops *templates; /* NULL: every start is a cold one */
 
     /* Can this backend work on this machine? 0, or -errno and in *ret_why a sentence that names
      * what is missing and the remedy (the caller frees it; also set on success, to say what was

@@ -1,0 +1,306 @@
+#include "vm/warm.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "util/cleanup.h"
+#include "util/errors.h"
+#include "util/log.h"
+#include "vm/boot.h"
+#include "vmm/vmm.h"
+
+/* A start from a template that has not come so far within half of boot_timeout, but at most this,
+ * is given up. It takes a second or two, on a machine that is very busy ten. */
+#define WARM_MOST_MS 20000
+
+/* What could not be made, or was no good, is not made again for so long. */
+#define WARM_RETRY_MS (10 * 60 * 1000)
+
+#define WARM_PLANS_MOST 4 /* that wait to be made */
+
+struct warm {
+    struct daemon *daemon;
+    struct list plans; /* of warm_plan */
+    unsigned count;
+    struct warm_plan *plan;   /* what is being made; NULL: nothing */
+    struct template template; /* its files, under another name */
+    struct vmm_template *making;
+    uv_work_t work; /* its end */
+    int status;     /* of its end */
+    struct template_key failed;
+    uint64_t failed_at; /* uv_now(); 0: nothing has failed */
+};
+
+void warm_plan_free(struct warm_plan *plan) {
+    if (!plan)
+        return;
+    template_key_free(&plan->key);
+    free(plan->kernel);
+    free(plan->initrd);
+    free(plan->boot_args);
+    free(plan->cpu_model);
+    free(plan);
+}
+
+static void warm_plan_configure(const struct warm_plan *plan, struct vmm_config *ret_config) {
+    *ret_config = (struct vmm_config){
+        .id = "template",
+        .kernel = plan->kernel,
+        .initrd = plan->initrd,
+        .boot_args = plan->boot_args,
+        .vcpus = plan->vcpus,
+        .memory = plan->memory,
+        .cpu_model = plan->cpu_model,
+    };
+}
+
+struct warm_plan *warm_plan_new(const struct vmm_ops *backend, const struct vmm_config *config,
+                                const struct image *image) {
+    struct warm_plan *plan = calloc(1, sizeof *plan);
+    struct vmm_config made;
+    if (!plan)
+        return NULL;
+    plan->backend = backend;
+    plan->vcpus = config->vcpus;
+    plan->memory = config->memory;
+    plan->kernel = strdup(image->kernel);
+    plan->initrd = strdup(image->initrd);
+    plan->cpu_model = strdup(config->cpu_model ? config->cpu_model : "");
+    plan->key.image_path = strdup(image->path);
+    if (asprintf(&plan->boot_args, "%s%s%s", config->boot_args, image->warm_boot_args[0] ? " " : "",
+                 image->warm_boot_args) < 0)
+        plan->boot_args = NULL;
+    bool ok =
+        plan->kernel && plan->initrd && plan->cpu_model && plan->key.image_path && plan->boot_args;
+    if (ok) {
+        warm_plan_configure(plan, &made);
+        ok = template_describe_file(plan->kernel, &plan->key.image) == 0 &&
+             template_describe_file(plan->initrd, &plan->key.image) == 0 &&
+             backend->templates->fingerprint(&made, &plan->key.machine) == 0 &&
+             !plan->key.machine.failed;
+    }
+    if (ok)
+        return plan;
+    warm_plan_free(plan);
+    return NULL;
+}
+
+/* ---- a VM that boots ---- */
+
+void warm_forget(struct vm *vm) {
+    warm_plan_free(vm->warm_plan);
+    free(vm->template);
+    vm->warm_plan = NULL;
+    vm->template = NULL;
+}
+
+void warm_take_boot(struct vm *vm, struct vm_boot_result *result) {
+    warm_forget(vm);
+    vm->warm_plan = result->plan;
+    result->plan = NULL;
+    if (!result->template.dir)
+        return;
+    vm->template = strdup(result->template.dir);
+    vm_watch_boot(vm);
+}
+
+unsigned warm_time(const struct vm *vm) {
+    unsigned half = vm->config.boot_timeout * 500;
+    return !vm->template ? 0 : half < WARM_MOST_MS ? half : WARM_MOST_MS;
+}
+
+void warm_overdue(uv_timer_t *timer) {
+    struct vm *vm = timer->data;
+    log_warn("%s: a guest that was started from a template has not answered for %u ms: it is ended",
+             vm->id, warm_time(vm));
+    vm->vmm->ops->kill(vm->vmm); /* warm_fall_back() follows */
+}
+
+static void warm_note_failure(struct warm *warm, const struct template_key *key) {
+    template_key_free(&warm->failed);
+    warm->failed_at = template_key_copy(&warm->failed, key) == 0 ? uv_now(warm->daemon->loop) : 0;
+}
+
+bool warm_fall_back(struct vm *vm, const char *why) {
+    uint64_t started = vm->boot_started;
+    if (!vm->template || vm->gone || vm->state != VM_BOOTING)
+        return false;
+    log_warn("%s: the template %s is no good (%s): it is removed, and the VM boots cold", vm->id,
+             vm->template, why);
+    if (vm->warm_plan)
+        warm_note_failure(vm->daemon->warm, &vm->warm_plan->key);
+    free(vm->bad_template);
+    vm->bad_template = vm->template;
+    vm->template = NULL;
+    vm_disconnect(vm, -ERR_GONE, "the VM boots anew");
+    if (vm_boot(vm) < 0)
+        return false;
+    vm->boot_started = started; /* boot_timeout is for both */
+    vm_watch_boot(vm);
+    return true;
+}
+
+/* ---- making templates ---- */
+
+static bool warm_is_planned(const struct warm *warm, const struct template_key *key) {
+    if (warm->plan && template_key_equals(&warm->plan->key, key))
+        return true;
+    for (struct list *l = warm->plans.next; l != &warm->plans; l = l->next)
+        if (template_key_equals(&LIST_OWNER(l, struct warm_plan, link)->key, key))
+            return true;
+    return false;
+}
+
+static bool warm_has_failed(const struct warm *warm, const struct template_key *key) {
+    return warm->failed_at && uv_now(warm->daemon->loop) - warm->failed_at < WARM_RETRY_MS &&
+           template_key_equals(&warm->failed, key);
+}
+
+void warm_want(struct vm *vm) {
+    struct warm *warm = vm->daemon->warm;
+    struct warm_plan *plan = vm->warm_plan;
+    vm->warm_plan = NULL;
+    if (!plan || vm->template || warm->count == WARM_PLANS_MOST ||
+        warm_is_planned(warm, &plan->key) || warm_has_failed(warm, &plan->key)) {
+        warm_plan_free(plan);
+        return;
+    }
+    list_append(&warm->plans, &plan->link);
+    warm->count++;
+}
+
+static void warm_end_work(uv_work_t *work) {
+    struct warm *warm = work->data;
+    if (warm->status == 0)
+        warm->status =
+            template_finish(warm->daemon->settings.state_dir, &warm->template, &warm->plan->key);
+    else
+        warm->status = -ECANCELED; /* why has been said */
+    if (warm->status < 0)
+        template_remove(&warm->template);
+}
+
+static void warm_forget_making(struct warm *warm) {
+    warm->work.data = NULL;
+    if (warm->making)
+        warm->plan->backend->templates->release(warm->making);
+    warm->making = NULL;
+    template_close(&warm->template);
+    warm_plan_free(warm->plan);
+    warm->plan = NULL;
+}
+
+static void warm_ended(uv_work_t *work, int canceled) {
+    struct warm *warm = work->data;
+    (void)canceled;
+    if (warm->status == 0) {
+        log_info("a template of %s is there: its next VMs start from it",
+                 warm->plan->key.image_path);
+    } else {
+        if (warm->status != -ECANCELED)
+            log_warn("a template of %s could not be kept, so its VMs boot cold: %s",
+                     warm->plan->key.image_path, strerror(-warm->status));
+        warm_note_failure(warm, &warm->plan->key);
+    }
+    warm_forget_making(warm);
+}
+
+static void warm_end(struct warm *warm, int status) {
+    warm->status = status;
+    warm->work.data = warm;
+    uv_queue_work(warm->daemon->loop, &warm->work, warm_end_work, warm_ended);
+}
+
+static void warm_made(void *arg, int status, const char *why) {
+    struct warm *warm = arg;
+    if (status < 0)
+        log_warn("no template of %s could be made, so its VMs boot cold: %s",
+                 warm->plan->key.image_path, why);
+    warm_end(warm, status);
+}
+
+static void warm_make(struct warm *warm, struct warm_plan *plan) {
+    cleanup_free char *socket = NULL;
+    struct vmm_config config;
+    warm->plan = plan;
+    int r = template_begin(warm->daemon->settings.state_dir, plan->memory, &warm->template);
+    if (r == 0 && asprintf(&socket, "%s/template.qmp", warm->daemon->settings.runtime_dir) < 0)
+        r = -ENOMEM;
+    if (r == 0) {
+        warm_plan_configure(plan, &config);
+        config.dir = warm->template.dir;
+        config.socket = socket;
+        config.ram = warm->template.ram;
+        config.device_state = warm->template.state;
+        r = plan->backend->templates->make(warm->daemon->loop, &config, warm_made, warm,
+                                           &warm->making);
+    }
+    if (r == 0) {
+        log_info("making a template of %s", plan->key.image_path);
+        return;
+    }
+    log_warn("no template of %s can be made, so its VMs boot cold: %s", plan->key.image_path,
+             strerror(-r));
+    if (warm->template.dir)
+        template_remove(&warm->template);
+    warm_note_failure(warm, &plan->key);
+    warm_forget_making(warm);
+}
+
+static bool warm_is_busy(struct daemon *d) {
+    struct vm *vm;
+    RB_FOREACH(vm, vm_index, &d->vms) {
+        if (vm->state == VM_BOOTING)
+            return true;
+    }
+    return false;
+}
+
+void warm_keep_house(struct daemon *d) {
+    struct warm *warm = d->warm;
+    if (warm->plan || list_is_empty(&warm->plans) || d->closing || warm_is_busy(d))
+        return;
+    struct warm_plan *plan = LIST_OWNER(list_pop(&warm->plans), struct warm_plan, link);
+    warm->count--;
+    warm_make(warm, plan);
+}
+
+int warm_open(struct daemon *d) {
+    cleanup_free char *socket = NULL;
+    d->warm = calloc(1, sizeof *d->warm);
+    if (!d->warm)
+        return -ENOMEM;
+    d->warm->daemon = d;
+    list_init(&d->warm->plans);
+    templates_clear(d->settings.state_dir, vmm_end_strays);
+    if (asprintf(&socket, "%s/template.qmp", d->settings.runtime_dir) >= 0)
+        unlink(socket);
+    return 0;
+}
+
+void warm_close(struct daemon *d) {
+    struct warm *warm = d->warm;
+    if (!warm)
+        return;
+    struct list *link;
+    while ((link = list_pop(&warm->plans)))
+        warm_plan_free(LIST_OWNER(link, struct warm_plan, link));
+    if (!warm->making)
+        return;
+    warm->plan->backend->templates->release(warm->making);
+    warm->making = NULL;
+    if (!warm->work.data) { /* else it is being brought to its end */
+        template_remove(&warm->template);
+        warm_forget_making(warm);
+    }
+}
+
+void warm_free(struct daemon *d) {
+    if (d->warm)
+        template_key_free(&d->warm->failed);
+    free(d->warm);
+    d->warm = NULL;
+}

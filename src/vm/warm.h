@@ -1,0 +1,53 @@
+#pragma once
+
+#include "util/list.h"
+#include "vm/image.h"
+#include "vm/template.h"
+#include "vm/vm.h"
+
+/* Warm boots: a VM starts from a template (vm/template.h) where there is one that fits, and else
+ * boots cold as ever; the template is then made behind its back, by a machine of its own that no VM
+ * knows of, when nothing boots and nobody else wants the CPU.
+ *
+ * A start that comes to nothing is no failure of the VM: it boots cold, and the template goes. */
+
+struct vmm_config;
+struct vm_boot_result;
+
+/* All that it takes to make a template, and to know it again. */
+struct warm_plan {
+    struct list link; /* of those that wait to be made */
+    const struct vmm_ops *backend;
+    struct template_key key;
+    char *kernel, *initrd, *boot_args, *cpu_model;
+    unsigned vcpus, memory;
+};
+
+/* The plan for what `config` boots of this image. NULL: no memory, or the files cannot be read.
+ * Blocks shortly: for the thread pool. */
+struct warm_plan *warm_plan_new(const struct vmm_ops *backend, const struct vmm_config *config,
+                                const struct image *image);
+void warm_plan_free(struct warm_plan *plan); /* NULL is allowed */
+
+/* The VMM of this boot is about to be created: takes over the plan and the name of the template. */
+void warm_take_boot(struct vm *vm, struct vm_boot_result *result);
+
+/* How long this boot may take before the template is given up, in ms. 0: it is no warm one. */
+unsigned warm_time(const struct vm *vm);
+void warm_overdue(uv_timer_t *timer);
+
+/* The VM's start from a template has failed; `why` is a sentence. True: it boots cold now. False:
+ * it was no such start, or that cannot be begun. */
+bool warm_fall_back(struct vm *vm, const char *why);
+
+/* The VM runs: a template that was missing is to be made. */
+void warm_want(struct vm *vm);
+
+/* What the VM keeps for all this. */
+void warm_forget(struct vm *vm);
+
+/* The daemon's side. */
+int warm_open(struct daemon *d);
+void warm_keep_house(struct daemon *d); /* every second */
+void warm_close(struct daemon *d);      /* ends what is being made */
+void warm_free(struct daemon *d);
