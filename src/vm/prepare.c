@@ -405,9 +405,12 @@ void prepare_create(struct daemon *d, const char *id, struct vm *prepared,
             forwards[i] &&
             !forward_is_empty(forwards[i]->data ? forwards[i]->data : "", forwards[i]->len);
     c->checks = prepared && config_copy(&c->config, &prepared->config) == 0;
-    if (c->wants_environ || c->checks)
-        c->status = uv_queue_work(d->loop, &c->work, creation_work, creation_after);
-    if (c->status < 0 || (!c->wants_environ && !c->checks))
+    bool works = c->wants_environ || c->checks;
+    /* From here on `status` is the other thread's. */
+    int r = works ? uv_queue_work(d->loop, &c->work, creation_work, creation_after) : 0;
+    if (r < 0)
+        c->status = -ERR_NO_MEMORY;
+    if (r < 0 || !works)
         creation_done(c);
 }
 
