@@ -20,7 +20,7 @@ static void a_file_is_replaced_with_its_mode(void) {
     CHECK(check_same(text.data, text.len, "two", 3));
     CHECK(stat(path.data, &st) == 0 && (st.st_mode & 07777) == 0600);
     CHECK(fs_read(path.data, 2, &text) == -EFBIG);
-    CHECK(fs_replace("/nonexistent/file", 0600, "x", 1) < 0);
+    CHECK(fs_replace("/proc/nonexistent/file", 0600, "x", 1) < 0);
 }
 
 static void a_tree_is_removed_without_following_links(void) {
@@ -45,7 +45,7 @@ static void what_is_no_regular_file_is_not_read(void) {
     CHECK(mkfifo(fifo.data, 0600) == 0);
     CHECK(fs_read(fifo.data, 100, &text) == -EINVAL);
     CHECK(fs_read(folder, 100, &text) < 0);
-    CHECK(fs_read("/nonexistent", 100, &text) == -ENOENT);
+    CHECK(fs_read("/proc/nonexistent", 100, &text) == -ENOENT);
 }
 
 static void programs_are_run_and_their_failure_is_seen(void) {
