@@ -490,6 +490,8 @@ def copy_templates(state, copy=os.link):
         os.rename(os.path.join(one.state, "templates"), made)
     # By hard links, as nothing writes to a template.
     os.makedirs(state, 0o700)
+    if os.stat(state).st_dev != os.stat(made).st_dev:
+        return  # its VMs boot cold, then
     shutil.copytree(made, os.path.join(state, "templates"), copy_function=copy)
 
 

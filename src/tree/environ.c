@@ -61,15 +61,11 @@ static void environ_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->st.st_mtim = ret_stat->st.st_ctim = *vars_written(node->vm->vars);
 }
 
-/* Takes the changes over; `arg` as for guest_wait(). */
-static void environ_commit(struct node *node, struct environ_changes *all, bool merge,
-                           guest_answer *answer, void *arg, struct request *rq) {
-    struct vars *vars = node->vm->vars;
+/* Takes the changes over, replacing all; `arg` as for guest_wait(). */
+static void environ_commit(struct node *node, struct environ_changes *all, guest_answer *answer,
+                           void *arg, struct request *rq) {
     struct vm_wait *wait = guest_wait(node, "environ", answer, arg, rq);
-    int r = 0;
-    if (wait)
-        r = merge ? vars_commit(vars, all->changes, all->count, wait)
-                  : vars_replace(vars, all->changes, all->count, wait);
+    int r = wait ? vars_replace(node->vm->vars, all->changes, all->count, wait) : 0;
     if (r < 0)
         guest_wait_settle(wait, r);
     environ_changes_free(all);
@@ -121,7 +117,7 @@ void environ_take_scratch(struct node *dir, struct scratch *scratch, const struc
         return;
     }
     *rename = (struct environ_rename){node_ref(dir), scratch_ref(scratch), row};
-    environ_commit(dir, &all, false, environ_rename_answer, rename, rq);
+    environ_commit(dir, &all, environ_rename_answer, rename, rq);
 }
 
 static bool environ_appends(const struct environ_handle *h) {
@@ -185,9 +181,12 @@ static void environ_promise(struct environ_handle *h, size_t length, struct requ
     h->commit.busy = true;
     h->commit.length = length;
     struct vm_wait *wait = guest_wait(node, "environ", environ_promised, h, rq);
+    /* A shell's echo or printf writes line by line: one line may be the first of many. */
+    const char *newline = memchr(h->content.data, '\n', h->content.len);
+    bool lines = newline && newline != h->content.data + h->content.len - 1;
     if (wait && r == 0)
-        r = vars_promise(node->vm->vars, all.changes, all.count, !environ_appends(h), wait,
-                         &h->promise);
+        r = vars_promise(node->vm->vars, all.changes, all.count, !environ_appends(h),
+                         !environ_appends(h) && lines, wait, &h->promise);
     if (wait && r < 0)
         guest_wait_settle(wait, r);
     environ_changes_free(&all);
@@ -235,10 +234,11 @@ static void environ_verdict(void *arg, int status, struct request *rq) {
 
 /* Commits what the handle holds. */
 static void environ_handle_commit(struct environ_handle *h, struct request *rq) {
+    struct node *node = h->handle.node;
     struct environ_changes all = {0};
     bool cut;
     const char *text = h->content.data ? h->content.data : "";
-    int r = environ_parse(h->handle.node->vm, text, h->content.len, false, &all, &cut);
+    int r = environ_parse(node->vm, text, h->content.len, false, &all, &cut);
     h->wrote = true;
     if (r < 0) { /* its end is missing, and may still come */
         environ_changes_free(&all);
@@ -249,7 +249,15 @@ static void environ_handle_commit(struct environ_handle *h, struct request *rq) 
     h->truncating = h->dirty = false;
     h->commit.busy = true;
     h->commit.length = h->content.len;
-    environ_commit(h->handle.node, &all, environ_appends(h), environ_verdict, h, rq);
+    struct vm_wait *wait = guest_wait(node, "environ", environ_verdict, h, rq);
+    if (wait)
+        r = h->promise
+                ? vars_promise_fulfil(h->promise, all.changes, all.count, !environ_appends(h), wait)
+            : environ_appends(h) ? vars_commit(node->vm->vars, all.changes, all.count, wait)
+                                 : vars_replace(node->vm->vars, all.changes, all.count, wait);
+    if (wait && r < 0)
+        guest_wait_settle(wait, r);
+    environ_changes_free(&all);
 }
 
 static int environ_load(struct environ_handle *h) {
@@ -501,7 +509,7 @@ static void environ_setattr(struct node *node, struct handle *handle, const stru
         }
         request_answer_attr(rq, node);
     } else if (!h && want->st_size == 0) {
-        environ_commit(node, &none, false, environ_emptied, node->vm, rq);
+        environ_commit(node, &none, environ_emptied, node->vm, rq);
     } else {
         request_answer(rq, want->st_size > ENVIRON_LIMIT ? -ERR_TOO_LARGE : -ERR_INVALID);
     }

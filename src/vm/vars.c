@@ -355,7 +355,7 @@ struct vars_saving {
     struct look usual;
 };
 
-static json_t *vars_save_bytes(const char *name, const char *bytes, size_t length) {
+json_t *vars_save_bytes(const char *name, const char *bytes, size_t length) {
     json_t *value = json_stringn(bytes, length);
     const char *key = value ? "bytes" : "latin1";
     if (!value)
@@ -384,21 +384,12 @@ json_t *vars_save(const struct vars *vars) {
     return list;
 }
 
-static int vars_save_promised(void *arg, const char *name, const char *bytes, size_t length) {
-    json_t *one = vars_save_bytes(name, bytes, length);
-    return json_array_append_new(arg, one) < 0 ? -ERR_NO_MEMORY : 0;
-}
-
 int vars_save_more(const struct vars *vars, json_t *record) {
-    json_t *promised = json_array();
-    int r = promised ? vars_each_promised(vars, vars_save_promised, promised) : -ERR_NO_MEMORY;
-    if (r == 0 && json_array_size(promised))
-        r = json_object_set(record, "promised", promised) < 0 ? -ERR_NO_MEMORY : 0;
+    int r = vars_save_promises(vars, record);
     if (r == 0 && vars->kept.len) {
         json_t *kept = vars_save_latin1(vars->kept.data, vars->kept.len);
         r = json_object_set_new(record, "kept", kept) < 0 ? -ERR_NO_MEMORY : 0;
     }
-    json_decref(promised);
     return r;
 }
 
@@ -435,7 +426,7 @@ static void vars_load_look(struct vars *vars, struct var *var, const json_t *one
 }
 
 /* What vars_save_bytes() has made. */
-static int vars_load_bytes(const json_t *one, const char **ret_name, struct buf *value) {
+int vars_load_bytes(const json_t *one, const char **ret_name, struct buf *value) {
     const json_t *name = json_object_get(one, "name");
     const json_t *bytes = json_object_get(one, "bytes");
     const json_t *latin1 = json_object_get(one, "latin1");
@@ -466,22 +457,11 @@ static int vars_load_one(struct vars *vars, const json_t *one) {
 
 int vars_load_more(struct vars *vars, const json_t *record) {
     const json_t *kept = json_object_get(record, "kept");
-    size_t i;
-    json_t *one;
-    int r = 0;
+    int r = vars_load_promises(vars, record);
     if (json_is_string(kept) &&
         vars_load_latin1(&vars->kept, json_string_value(kept), json_string_length(kept)) < 0) {
         buf_clear(&vars->kept);
         r = -ERR_INVALID;
-    }
-    json_array_foreach(json_object_get(record, "promised"), i, one) {
-        cleanup_buf struct buf value = {0};
-        const char *name;
-        int one_r = vars_load_bytes(one, &name, &value);
-        if (one_r == 0)
-            one_r = vars_renew_promise(vars, name, value.data ? value.data : "", value.len);
-        if (one_r < 0)
-            r = one_r;
     }
     return r;
 }

@@ -94,17 +94,19 @@ int vars_replace(struct vars *vars, const struct var_change *changes, size_t cou
 /* A promise that these changes will be made, for what is to take effect later and is acknowledged
  * now. The guest (running) is asked whether it would take them, and they are recorded. Nothing is
  * changed yet; but if neither vars_promise_settle() nor vars_promise_leave() comes soon, they are
- * merged. `replace`: what is not among them would be unset, then. `wait` is told the verdict; if it
+ * made. `replace`: what is not among them would be unset, then; `whole`: also if it comes to that.
+ * `wait` is told the verdict; if it
  * is bad, or the wait is cancelled, the promise still has to be settled. -ERR_… and neither wait
  * nor promise for what is refused at once, as by vars_commit(). */
 struct vars_promise;
 int vars_promise(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
-                 struct vm_wait *wait, struct vars_promise **ret_promise);
-/* Has it been merged? */
-bool vars_promise_is_kept(const struct vars_promise *promise);
+                 bool whole, struct vm_wait *wait, struct vars_promise **ret_promise);
+/* Makes these changes, in the place of what was promised, which stays so until it is settled. */
+int vars_promise_fulfil(struct vars_promise *promise, const struct var_change *changes,
+                        size_t count, bool replace, struct vm_wait *wait);
 /* It has been done, or is not to be: frees it. */
 void vars_promise_settle(struct vars_promise *promise);
-/* Nobody knows whether it has been done: it is merged as soon as that is possible. Frees it. */
+/* Nobody knows whether it has been done: it is done as soon as that is possible. Frees it. */
 void vars_promise_leave(struct vars_promise *promise);
 
 /* Visits every variable in order, as it reads now. A negative return ends it and is returned. */

@@ -162,6 +162,7 @@ void vars_saved(struct vars *vars, int status) {
 static int vars_enqueue(struct vars *vars, const struct var_change *changes, size_t count,
                         bool replace, struct vm_wait *wait) {
     ssize_t growth = 0;
+    vars_keep_promises(vars); /* they were made before */
     int r = vars_check(vars, changes, count, replace, &growth);
     if (r < 0)
         return r;
@@ -174,6 +175,7 @@ static int vars_enqueue(struct vars *vars, const struct var_change *changes, siz
     if (wait)
         list_append(&commit->wait, &wait->link);
     list_append(&vars->queued, &commit->link);
+    vars_supersede_promises(vars, commit);
     vars_start_batch(vars);
     return 0;
 }

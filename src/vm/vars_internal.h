@@ -153,13 +153,15 @@ int vars_explain(struct vars *vars, const char *doing, int status, const char *o
 
 /* The guest or the disk takes changes again: so it does what was promised and left. */
 void vars_keep_promises(struct vars *vars);
+/* What is asked for now wins over what was promised before. */
+void vars_supersede_promises(struct vars *vars, const struct vars_commit *commit);
 void vars_shut_promises(struct vars *vars);
-/* Visits what has been promised. */
-int vars_each_promised(const struct vars *vars,
-                       int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
-                       void *arg);
-/* One that an earlier daemon has made. */
-int vars_renew_promise(struct vars *vars, const char *name, const char *bytes, size_t length);
+/* In the record, and those that an earlier daemon has made. */
+int vars_save_promises(const struct vars *vars, json_t *record);
+int vars_load_promises(struct vars *vars, const json_t *record);
+/* A name and the bytes for it, in JSON and from it. */
+json_t *vars_save_bytes(const char *name, const char *bytes, size_t length);
+int vars_load_bytes(const json_t *one, const char **ret_name, struct buf *value);
 
 /* Fails what is queued, under way or waiting. */
 void vars_fail_all(struct vars *vars, int status);

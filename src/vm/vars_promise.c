@@ -11,27 +11,30 @@
  * no error that comes later than that of a write(). So at the first WRITE the guest is asked
  * whether it would take the text: it writes the file that would be, beside the one that is, and
  * removes it again. And the record says what has been promised. If FLUSH is late, or never comes
- * because the daemon or the connection ends before, the variables are merged: then they are there,
- * and no other is lost for a text that was not complete. */
+ * because the daemon or the connection ends before, it is done all the same. But of what may be the
+ * first of many lines the variables are merged: then they are there, and no other is lost for a
+ * text that was not complete. */
 
 #define VARS_PROMISE_MS 100 /* FLUSH is late after that */
 
 struct vars_promise {
     struct list link; /* in vars->promises */
     struct vars *vars;
-    struct vars_commit *commit; /* what is to be merged; NULL: nothing any more */
+    struct vars_commit *commit; /* what is to be done; NULL: nothing any more */
+    bool whole;                 /* what it does not name is unset; else it is merged */
     struct list waits;          /* of vm_wait: who has asked for it */
     unsigned asked;             /* answers to come: the guest's and the disk's, or of its merging */
     int status;                 /* the first bad one */
     bool owned;                 /* somebody will yet settle or leave it */
-    bool kept;                  /* the variables are merged */
+    bool kept;                  /* it is done */
+    bool keeping;               /* promise_keep() is at it: it is not freed */
     struct vm_wait saved;
     struct vm_wait merged;
     uv_timer_t *timer;
 };
 
 static void promise_free_unused(struct vars_promise *p) {
-    if (!p->owned && !p->asked && !p->commit)
+    if (!p->owned && !p->asked && !p->commit && !p->keeping)
         free(p);
 }
 
@@ -63,10 +66,8 @@ static void promise_merged(struct vm_wait *wait, int status) {
     promise_free_unused(p);
 }
 
-static void promise_keep(struct vars_promise *p) {
+static void promise_commit(struct vars_promise *p) {
     struct vars *vars = p->vars;
-    if (!p->commit || p->kept || p->asked || vars_check_state(vars) < 0)
-        return;
     size_t count = p->commit->count;
     cleanup_free struct var_change *changes = calloc(count + 1, sizeof *changes);
     for (size_t i = 0; changes && i < count; i++)
@@ -76,9 +77,24 @@ static void promise_keep(struct vars_promise *p) {
     p->merged.done = promise_merged;
     list_init(&p->merged.link);
     p->asked++;
-    int r = changes ? vars_commit(vars, changes, count, &p->merged) : -ERR_NO_MEMORY;
+    int r = !changes   ? -ERR_NO_MEMORY
+            : p->whole ? vars_replace(vars, changes, count, &p->merged)
+                       : vars_commit(vars, changes, count, &p->merged);
     if (r < 0)
         promise_merged(&p->merged, r);
+}
+
+/* Frees it, if that was all. */
+static void promise_keep(struct vars_promise *p) {
+    p->keeping = true;
+    if (p->commit && !p->kept && !p->asked && vars_check_state(p->vars) == 0) {
+        if (p->commit->count || p->whole)
+            promise_commit(p);
+        else if (!p->owned) /* others have set all of it since */
+            promise_end_saved(p);
+    }
+    p->keeping = false;
+    promise_free_unused(p);
 }
 
 static void promise_is_late(uv_timer_t *timer) {
@@ -149,11 +165,12 @@ static int promise_probe(struct vars_promise *p, bool replace) {
 }
 
 static struct vars_promise *promise_new(struct vars *vars, const struct var_change *changes,
-                                        size_t count) {
+                                        size_t count, bool whole) {
     struct vars_promise *p = calloc(1, sizeof *p);
     if (!p)
         return NULL;
     p->vars = vars;
+    p->whole = whole;
     list_init(&p->waits);
     list_append(&vars->promises, &p->link);
     p->commit = vars_commit_new(changes, count);
@@ -170,12 +187,12 @@ static struct vars_promise *promise_new(struct vars *vars, const struct var_chan
 }
 
 int vars_promise(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
-                 struct vm_wait *wait, struct vars_promise **ret_promise) {
+                 bool whole, struct vm_wait *wait, struct vars_promise **ret_promise) {
     ssize_t growth;
     int r = vars_check(vars, changes, count, replace, &growth);
     if (r < 0)
         return r;
-    struct vars_promise *p = promise_new(vars, changes, count);
+    struct vars_promise *p = promise_new(vars, changes, count, whole);
     if (!p)
         return -ERR_NO_MEMORY;
     if (vars->vm->state == VM_RUNNING && (r = promise_probe(p, replace)) < 0) {
@@ -193,8 +210,14 @@ int vars_promise(struct vars *vars, const struct var_change *changes, size_t cou
     return 0;
 }
 
-bool vars_promise_is_kept(const struct vars_promise *promise) {
-    return promise->kept;
+int vars_promise_fulfil(struct vars_promise *promise, const struct var_change *changes,
+                        size_t count, bool replace, struct vm_wait *wait) {
+    struct vars *vars = promise->vars;
+    promise->keeping = true;
+    int r = replace ? vars_replace(vars, changes, count, wait)
+                    : vars_commit(vars, changes, count, wait);
+    promise->keeping = false;
+    return r;
 }
 
 void vars_promise_settle(struct vars_promise *promise) {
@@ -210,7 +233,6 @@ void vars_promise_leave(struct vars_promise *promise) {
     }
     promise->owned = false;
     promise_keep(promise);
-    promise_free_unused(promise);
 }
 
 void vars_keep_promises(struct vars *vars) {
@@ -223,17 +245,65 @@ void vars_keep_promises(struct vars *vars) {
     }
 }
 
+static bool commit_names(const struct vars_commit *commit, const char *name) {
+    for (size_t i = 0; i < commit->count; i++)
+        if (strcmp(commit->changes[i].name, name) == 0)
+            return true;
+    return false;
+}
+
+static void promise_drop(struct vars_promise *p, const struct vars_commit *commit) {
+    size_t kept = 0;
+    for (size_t i = 0; i < p->commit->count; i++) {
+        struct vars_commit_change *c = &p->commit->changes[i];
+        bool drop = commit->replace || commit_names(commit, c->name);
+        if (drop) {
+            free(c->name);
+            if (c->bytes)
+                explicit_bzero(c->bytes, c->length);
+            free(c->bytes);
+        } else {
+            p->commit->changes[kept++] = *c;
+        }
+    }
+    bool changed = kept < p->commit->count || p->whole;
+    p->commit->count = kept;
+    p->whole = false; /* what has come since stays */
+    if (changed)
+        vm_save(p->vars->vm);
+}
+
+void vars_supersede_promises(struct vars *vars, const struct vars_commit *commit) {
+    for (struct list *l = vars->promises.next; l != &vars->promises; l = l->next) {
+        struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        if (!p->keeping)
+            promise_drop(p, commit);
+    }
+}
+
+static void promise_apply(struct vars_promise *p) {
+    struct vars *vars = p->vars;
+    struct var *var, *next;
+    for (var = p->whole ? RB_MIN(var_index, &vars->index) : NULL; var; var = next) {
+        next = RB_NEXT(var_index, &vars->index, var);
+        if (!commit_names(p->commit, var->name))
+            vars_unset(vars, var->name);
+    }
+    for (size_t i = 0; i < p->commit->count; i++) {
+        const struct vars_commit_change *c = &p->commit->changes[i];
+        vars_set(vars, c->name, c->bytes, c->length);
+    }
+    vars->owned = true;
+    promise_end(p);
+}
+
 void vars_apply_promises(struct vars *vars) {
     struct list *next;
     for (struct list *l = vars->promises.next; l != &vars->promises; l = next) {
         struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
         next = l->next;
-        for (size_t i = 0; !p->owned && i < p->commit->count; i++) {
-            const struct vars_commit_change *c = &p->commit->changes[i];
-            vars->owned |= vars_set(vars, c->name, c->bytes, c->length) == 0;
-        }
         if (!p->owned)
-            promise_end(p);
+            promise_apply(p);
         promise_free_unused(p);
     }
     vars_project(vars);
@@ -248,20 +318,61 @@ void vars_shut_promises(struct vars *vars) {
     }
 }
 
-int vars_each_promised(const struct vars *vars,
-                       int (*visit)(void *arg, const char *name, const char *bytes, size_t length),
-                       void *arg) {
-    int r = 0;
-    for (const struct list *l = vars->promises.next; l != &vars->promises; l = l->next) {
+static json_t *promise_save(const struct vars_promise *p) {
+    json_t *list = json_array();
+    for (size_t i = 0; list && i < p->commit->count; i++) {
+        const struct vars_commit_change *c = &p->commit->changes[i];
+        if (json_array_append_new(list, vars_save_bytes(c->name, c->bytes, c->length)) < 0) {
+            json_decref(list);
+            return NULL;
+        }
+    }
+    return json_pack("{s:b, s:o}", "whole", p->whole, "variables", list);
+}
+
+int vars_save_promises(const struct vars *vars, json_t *record) {
+    json_t *list = json_array();
+    int r = list ? 0 : -ERR_NO_MEMORY;
+    for (const struct list *l = vars->promises.next; r == 0 && l != &vars->promises; l = l->next) {
         const struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
-        for (size_t i = 0; r == 0 && i < p->commit->count && p->status == 0; i++)
-            r = visit(arg, p->commit->changes[i].name, p->commit->changes[i].bytes,
-                      p->commit->changes[i].length);
+        if (p->status == 0 && json_array_append_new(list, promise_save(p)) < 0)
+            r = -ERR_NO_MEMORY;
+    }
+    if (r == 0 && json_array_size(list) && json_object_set(record, "promised", list) < 0)
+        r = -ERR_NO_MEMORY;
+    json_decref(list);
+    return r;
+}
+
+static int promise_load(struct vars *vars, const json_t *saved) {
+    const json_t *list = json_object_get(saved, "variables");
+    size_t count = json_array_size(list);
+    cleanup_free struct var_change *changes = calloc(count + 1, sizeof *changes);
+    cleanup_free struct buf *values = calloc(count + 1, sizeof *values);
+    int r = changes && values ? 0 : -ERR_NO_MEMORY;
+    for (size_t i = 0; r == 0 && i < count; i++) {
+        r = vars_load_bytes(json_array_get(list, i), &changes[i].name, &values[i]);
+        changes[i].bytes = values[i].data ? values[i].data : "";
+        changes[i].length = values[i].len;
+    }
+    bool whole = json_is_true(json_object_get(saved, "whole"));
+    if (r == 0 && !promise_new(vars, changes, count, whole))
+        r = -ERR_NO_MEMORY;
+    for (size_t i = 0; values && i < count; i++) {
+        if (values[i].data)
+            explicit_bzero(values[i].data, values[i].len);
+        buf_free(&values[i]);
     }
     return r;
 }
 
-int vars_renew_promise(struct vars *vars, const char *name, const char *bytes, size_t length) {
-    struct var_change change = {.name = name, .bytes = bytes, .length = length};
-    return promise_new(vars, &change, 1) ? 0 : -ERR_NO_MEMORY;
+int vars_load_promises(struct vars *vars, const json_t *record) {
+    size_t i;
+    json_t *one;
+    int r = 0;
+    json_array_foreach(json_object_get(record, "promised"), i, one) {
+        int one_r = promise_load(vars, one);
+        r = one_r < 0 ? one_r : r;
+    }
+    return r;
 }
