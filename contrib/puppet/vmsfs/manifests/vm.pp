@@ -125,14 +125,14 @@ define vmsfs::vm (
     if $ensure == 'running' {
       $commands.each |$what, $command| {
         if 'unless' in $command {
-          $unless = { 'unless' => [["${vm}/run", '-n', 'sh', '-c', $command['unless']]] }
+          $unless = { 'unless' => [['env', "${vm}/run", '-n', 'sh', '-c', $command['unless']]] }
         } elsif 'creates' in $command {
-          $unless = { 'unless' => [["${vm}/run", '-n', 'test', '-e', $command['creates']]] }
+          $unless = { 'unless' => [['env', "${vm}/run", '-n', 'test', '-e', $command['creates']]] }
         } else {
           $unless = {}
         }
         exec { "vmsfs ${id}: ${what}":
-          command => ["${vm}/run", '-n', 'sh', '-c', $command['command']],
+          command => ['env', "${vm}/run", '-n', 'sh', '-c', $command['command']],
           require => Exec["vmsfs ${id}: be ${ensure}"],
           *       => $unless,
         }
