@@ -123,6 +123,7 @@ define vmsfs::vm (
     }
 
     if $ensure == 'running' {
+      # Started by env, for Puppet wants to find a program also when it only says what it would do, and the VM is not there yet.
       $commands.each |$what, $command| {
         if 'unless' in $command {
           $unless = { 'unless' => [['env', "${vm}/run", '-n', 'sh', '-c', $command['unless']]] }
