@@ -50,10 +50,12 @@ def test_the_picture_shows_what_the_commands_print_today(tmp_path):
 
 
 def test_nothing_is_drawn_when_the_session_does_not_go_as_it_should(tmp_path):
-    (tmp_path / "broken/tiny").mkdir(parents=True)
-    (tmp_path / "broken/tiny/image.json").write_text("{")
-    done = draw(tmp_path, "--images", f"{tmp_path}/broken")
-    assert done.returncode == 1 and "picture: status 1, not 0: " in done.stderr and "image.json" in done.stderr, done
+    hasty = tmp_path / "hasty"
+    hasty.write_text(f'#!/bin/sh\nexec {VMSFS} "$@" -o boot_timeout=1\n')
+    hasty.chmod(0o755)
+    done = draw(tmp_path, "--vmsfs", str(hasty))
+    assert done.returncode == 1 and "picture: status 1, not 0: echo running > /vms/web/status" in done.stderr, done
+    assert "web could not be reached by SSH within 1 s" in done.stderr, done
     done = draw(tmp_path, "--vmsfs", "/bin/false")
     assert done.returncode == 1 and "/bin/false does not mount" in done.stderr, done
     done = draw(tmp_path, "--vmsfs", f"{tmp_path}/none")
