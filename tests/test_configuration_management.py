@@ -142,6 +142,9 @@ def test_the_ansible_role_makes_vms_and_a_second_run_changes_nothing(place):
     is_as_declared(place)
     assert play(place, "--diff") == {"web": 0, "db": 0}
     is_as_declared(place)
+    declare_for_ansible(place, {"vmsfs_secrets": {"TOKEN": "changed " + SECRET}})
+    assert play(place, "-vvv", "--diff") == {"web": 1, "db": 0}
+    assert place.machine("web")["TOKEN"] == "changed " + SECRET
 
 
 def test_a_changed_variable_is_the_only_change_that_ansible_makes(place):
@@ -269,7 +272,7 @@ def puppet_value(value):
     return json.dumps(value)
 
 
-def declare_for_puppet(place, web=None, db=None):
+def declare_for_puppet(place, web=None, db=None, secret=SECRET):
     vms = {
         "web": {
             "template": place.template,
@@ -284,7 +287,7 @@ def declare_for_puppet(place, web=None, db=None):
         for name, parameters in vms.items():
             file.write(f"vmsfs::vm {{ '{name}':\n  mount => '{place.mount}',\n")
             if name == "web":
-                file.write(f"  secrets => Sensitive({{ 'TOKEN' => '{SECRET}' }}),\n")
+                file.write(f"  secrets => Sensitive({{ 'TOKEN' => '{secret}' }}),\n")
             file.writelines(f"  {key} => {puppet_value(value)},\n" for key, value in parameters.items())
             file.write("}\n")
 
@@ -311,6 +314,9 @@ def test_the_puppet_module_makes_vms_and_a_second_run_changes_nothing(place):
     is_as_declared(place)
     assert puppet(place, "--show_diff") == 0
     is_as_declared(place)
+    declare_for_puppet(place, secret="changed " + SECRET)
+    assert puppet(place, "--show_diff", "--debug") == 1
+    assert place.machine("web")["TOKEN"] == "changed " + SECRET
 
 
 def test_a_changed_variable_is_the_only_change_that_puppet_makes(place):

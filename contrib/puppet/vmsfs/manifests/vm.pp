@@ -123,17 +123,18 @@ define vmsfs::vm (
     }
 
     if $ensure == 'running' {
-      # Started by env, for Puppet wants to find a program also when it only says what it would do, and the VM is not there yet.
+      # A program that is not there is an error to Puppet, also when it only says what it would do and the VM is to be made yet.
+      $run = ['sh', '-c', '[ -x "$1" ] && exec "$@"', 'run', "${vm}/run", '-n']
       $commands.each |$what, $command| {
         if 'unless' in $command {
-          $unless = { 'unless' => [['env', "${vm}/run", '-n', 'sh', '-c', $command['unless']]] }
+          $unless = { 'unless' => [[*$run, 'sh', '-c', $command['unless']]] }
         } elsif 'creates' in $command {
-          $unless = { 'unless' => [['env', "${vm}/run", '-n', 'test', '-e', $command['creates']]] }
+          $unless = { 'unless' => [[*$run, 'test', '-e', $command['creates']]] }
         } else {
           $unless = {}
         }
         exec { "vmsfs ${id}: ${what}":
-          command => ['env', "${vm}/run", '-n', 'sh', '-c', $command['command']],
+          command => [*$run, 'sh', '-c', $command['command']],
           require => Exec["vmsfs ${id}: be ${ensure}"],
           *       => $unless,
         }
