@@ -401,6 +401,8 @@ static void environ_write(struct handle *handle, const char *data, size_t length
         return;
     }
     h->dirty = true;
+    if (h->promise)
+        vars_promise_go_on(h->promise);
     request_answer_written(rq, length);
 }
 

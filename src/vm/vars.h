@@ -101,6 +101,8 @@ int vars_replace(struct vars *vars, const struct var_change *changes, size_t cou
 struct vars_promise;
 int vars_promise(struct vars *vars, const struct var_change *changes, size_t count, bool replace,
                  bool whole, struct vm_wait *wait, struct vars_promise **ret_promise);
+/* More is coming: it is not late yet. */
+void vars_promise_go_on(struct vars_promise *promise);
 /* Makes these changes, in the place of what was promised, which stays so until it is settled. */
 int vars_promise_fulfil(struct vars_promise *promise, const struct var_change *changes,
                         size_t count, bool replace, struct vm_wait *wait);

@@ -210,9 +210,16 @@ int vars_promise(struct vars *vars, const struct var_change *changes, size_t cou
     return 0;
 }
 
+void vars_promise_go_on(struct vars_promise *promise) {
+    if (promise->timer && uv_is_active((uv_handle_t *)promise->timer))
+        uv_timer_start(promise->timer, promise_is_late, VARS_PROMISE_MS, 0);
+}
+
 int vars_promise_fulfil(struct vars_promise *promise, const struct var_change *changes,
                         size_t count, bool replace, struct vm_wait *wait) {
     struct vars *vars = promise->vars;
+    if (promise->timer)
+        uv_timer_stop(promise->timer);
     promise->keeping = true;
     int r = replace ? vars_replace(vars, changes, count, wait)
                     : vars_commit(vars, changes, count, wait);
