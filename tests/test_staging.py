@@ -110,7 +110,7 @@ def test_no_other_name_is_scratch_without_o_excl(clear, name):
     assert keys(clear) == ["KEY"]
 
 
-@pytest.mark.parametrize("name", ["status.tmp", "environ.x", "KEY.tmp", "environ-tmp", "x.tmp"])
+@pytest.mark.parametrize("name", ["info.tmp", "environ.x", "KEY.tmp", "environ-tmp", "x.tmp"])
 def test_nor_is_it_beside_environ(clear, name):
     write(clear.env("KEY"), "v\n")
     with refused("EPERM"):
