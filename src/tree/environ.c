@@ -81,6 +81,7 @@ struct environ_rename {
 static void environ_rename_answer(void *arg, int status, struct request *rq) {
     struct environ_rename *r = arg;
     if (status == 0) {
+        r->dir->vm->environ_removed = 0;
         environ_note_style(r->dir->vm, &r->scratch->content);
         r->dir->vm->environ_look = r->scratch->look;
         vars_set_written(r->dir->vm->vars, &r->scratch->look.changed);
@@ -383,7 +384,8 @@ static void environ_write(struct handle *handle, const char *data, size_t length
     bool in_a_line = length > 0 && data[length - 1] != '\n';
     /* The kernel cuts what is longer than a MiB, where the pages of the writer's buffer end. */
     bool piece = (in_a_line && length >= ENVIRON_BLOCK) || length >= ENVIRON_LARGEST;
-    bool first = (h->failed || !h->asked) && !h->commit.busy && !piece;
+    bool goes_on = h->dirty && in_a_line; /* a small piece, of a line that is not complete yet */
+    bool first = (h->failed || !h->asked) && !h->commit.busy && !piece && !goes_on;
     if (first)
         buf_append(&h->commit.before, h->content.data, h->content.len);
     int r =
