@@ -34,6 +34,9 @@ foreach(page IN LISTS man_pages)
   install(FILES ${PROJECT_BINARY_DIR}/man-gz/${name}.gz DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section})
 endforeach()
 add_custom_target(manuals ALL DEPENDS ${manuals})
+if(TARGET man) # make would run the commands for a page twice, at the same time
+  add_dependencies(manuals man)
+endif()
 # Programs by another name than their page's.
 foreach(link mount.fuse.vmsfs.8:mount.vmsfs.8 vmsfs-guest-tiny.7:vmsfs-guest.7)
   string(REPLACE : ";" link ${link})
