@@ -1,5 +1,6 @@
 """ID/environ: all variables in one file."""
 
+import contextlib
 import errno
 import os
 import re
@@ -346,6 +347,24 @@ def test_what_was_acknowledged_survives_a_daemon_that_is_killed_before_the_close
     assert [line for line in read(server.env_file).splitlines() if not line.startswith("#")] == [
         f"export {name}='{value}'" for name, value in sorted(expected.items())
     ]
+
+
+def test_what_was_refused_is_not_done_by_the_next_daemon(sshd, daemon):
+    one = daemon(sshd().options())
+    vm = one.boot("box")
+    write(vm / "environ", "A=old\n")
+    fd = os.open(vm / "environ", os.O_WRONLY | os.O_TRUNC)
+    os.write(fd, b"A=new\n")
+    with refused("EINVAL"):
+        os.write(fd, b"B AD\n")
+    record = f"{one.state}/vms/box/vm.json"
+    wait_for(lambda: "promised" not in read(record), "the promise is taken back", 5)
+    one.kill()
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    one.start()
+    wait_for(lambda: vm.status() == "running", "it is as it was", 20)
+    assert read(vm.env("A")) == "old\n"
 
 
 @pytest.mark.parametrize("flags", [os.O_TRUNC, os.O_APPEND], ids=["replace", "merge"])

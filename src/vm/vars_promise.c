@@ -51,9 +51,10 @@ static void promise_end(struct vars_promise *p) {
 /* It leaves the record at once: when a daemon that was killed has left it there, it is merged, and
  * would undo what has been acknowledged since. */
 static void promise_end_saved(struct vars_promise *p) {
-    if (p->commit)
-        vm_save(p->vars->vm);
+    bool recorded = p->commit;
     promise_end(p);
+    if (recorded)
+        vm_save(p->vars->vm);
 }
 
 static void promise_merged(struct vm_wait *wait, int status) {
