@@ -243,7 +243,9 @@ def test_an_id_is_free_again_after_rmdir(mount, new_vm):
 def test_a_boot_that_takes_too_long_fails_and_says_so(daemon):
     one = daemon(boot_timeout=1)
     guest = one.guest("slow")
-    os.mkdir(guest.path)
+    os.mkdir(f"{one.mount}/.new/slow")
+    write(f"{one.mount}/.new/slow/config/boot_args", "rdinit=/bin/sleep -- 1000\n")  # no SSH server, ever
+    os.rename(f"{one.mount}/.new/slow", guest.path)
     wait_for(lambda: guest.status() == "failed", "the boot has failed", 20)
     assert "boot_timeout" in guest.error()
     with refused("ENODEV", "EBUSY"):

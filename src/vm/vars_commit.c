@@ -113,7 +113,8 @@ int vars_send(struct vars *vars, const struct vars_batch *batch, control_done *d
         explicit_bzero(text.data, text.len);
     if (script.data)
         explicit_bzero(script.data, script.len);
-    vars->updates += r == 0;
+    /* A rewriting that changes nothing does not count. */
+    vars->updates += r == 0 && !(batch && !batch->count && !batch->replace);
     return r;
 }
 
@@ -176,6 +177,16 @@ static int vars_enqueue(struct vars *vars, const struct var_change *changes, siz
         list_append(&commit->wait, &wait->link);
     list_append(&vars->queued, &commit->link);
     vars_supersede_promises(vars, commit);
+    vars_start_batch(vars);
+    return 0;
+}
+
+int vars_rewrite(struct vars *vars, struct vm_wait *wait) {
+    struct vars_commit *commit = vars_commit_new(NULL, 0);
+    if (!commit)
+        return -ERR_NO_MEMORY;
+    list_append(&commit->wait, &wait->link);
+    list_append(&vars->queued, &commit->link);
     vars_start_batch(vars);
     return 0;
 }

@@ -136,6 +136,9 @@ int vars_send(struct vars *vars, const struct vars_batch *batch, control_done *d
 
 /* Makes a batch of what is queued and starts it, when nothing is in its way. */
 void vars_start_batch(struct vars *vars);
+/* Puts the guest's file in its own place, as it is, to learn if that can be done: an empty batch,
+ * or one with what others ask for. */
+int vars_rewrite(struct vars *vars, struct vm_wait *wait);
 /* Sends the batch under way once more. */
 void vars_resend(struct vars *vars);
 /* It has its verdict. */

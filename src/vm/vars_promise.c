@@ -10,10 +10,11 @@
  * A text comes in one WRITE or in many and is to take effect as one, at FLUSH; but a shell hears of
  * no error that comes later than that of a write(). So at the first WRITE the guest is asked
  * whether it would take the text: it writes the file that would be, beside the one that is, and
- * removes it again. And the record says what has been promised. If FLUSH is late, or never comes
- * because the daemon or the connection ends before, it is done all the same. But of what may be the
- * first of many lines the variables are merged: then they are there, and no other is lost for a
- * text that was not complete. */
+ * removes it again; then it puts the one that is in its own place by rename, which a mount on it or
+ * an attribute may forbid. And the record says what has been promised. If FLUSH is late, or never
+ * comes because the daemon or the connection ends before, it is done all the same. But of what may
+ * be the first of many lines the variables are merged: then they are there, and no other is lost
+ * for a text that was not complete. */
 
 #define VARS_PROMISE_MS 100 /* FLUSH is late after that */
 
@@ -29,6 +30,7 @@ struct vars_promise {
     bool kept;                  /* it is done */
     bool keeping;               /* promise_keep() is at it: it is not freed */
     struct vm_wait saved;
+    struct vm_wait rewritten;
     struct vm_wait merged;
     uv_timer_t *timer;
 };
@@ -135,6 +137,10 @@ static void promise_probed(void *arg, int status, const char *output, size_t len
     vm_unref(vm);
 }
 
+static void promise_rewritten(struct vm_wait *wait, int status) {
+    promise_answered(LIST_OWNER(wait, struct vars_promise, rewritten), status);
+}
+
 static int promise_probe(struct vars_promise *p, bool replace) {
     struct vars *vars = p->vars;
     struct vm *vm = vars->vm;
@@ -158,11 +164,27 @@ static int promise_probe(struct vars_promise *p, bool replace) {
         explicit_bzero(text.data, text.len);
     if (script.data)
         explicit_bzero(script.data, script.len);
-    if (r == 0) {
-        vm_ref(vm);
-        p->asked++;
+    if (r < 0)
+        return r;
+    vm_ref(vm);
+    p->asked++;
+    return 0;
+}
+
+/* The guest is asked. */
+static int promise_ask(struct vars_promise *p, bool replace) {
+    struct vars *vars = p->vars;
+    if (!vars->absent) {
+        p->rewritten.done = promise_rewritten;
+        list_init(&p->rewritten.link);
+        p->asked++; /* it may be answered at once */
+        int r = vars_rewrite(vars, &p->rewritten);
+        if (r < 0) {
+            p->asked--;
+            return r;
+        }
     }
-    return r;
+    return promise_probe(p, replace);
 }
 
 static struct vars_promise *promise_new(struct vars *vars, const struct var_change *changes,
@@ -196,9 +218,9 @@ int vars_promise(struct vars *vars, const struct var_change *changes, size_t cou
     struct vars_promise *p = promise_new(vars, changes, count, whole);
     if (!p)
         return -ERR_NO_MEMORY;
-    if (vars->vm->state == VM_RUNNING && (r = promise_probe(p, replace)) < 0) {
+    if (vars->vm->state == VM_RUNNING && (r = promise_ask(p, replace)) < 0) {
         promise_end(p);
-        free(p);
+        promise_free_unused(p);
         return r;
     }
     p->owned = true;
