@@ -397,7 +397,8 @@ bool options_check(const struct options *options, char **ret_backend) {
     if (strncmp(options->settings.mountpoint, "/dev/fd/", 8) != 0 &&
         (!check_mountpoint(options->settings.mountpoint) || !check_device()))
         return false;
-    if (vmm_find(config->backend, &backend, &why) < 0)
+    /* A backend that cannot work is said before an image that is not there. */
+    if (vmm_find(config->backend, true, &backend, &why) < 0)
         return option_say_why("-o backend", why);
     *ret_backend = why;
     why = NULL;

@@ -198,11 +198,13 @@ static int boot_find(struct vm_boot *boot) {
     struct vm_boot_result *result = &boot->result;
     const struct vm_config *config = &boot->config;
     char *why = NULL;
-    int r = vmm_find(config->backend, &result->backend, &result->why);
+    int r = 0;
+    if (!vmm_is_for_existing(config->backend))
+        r = image_open(boot->settings, config->image, &result->image, &why);
+    if (r == 0)
+        r = vmm_find(config->backend, result->image.vsock_port, &result->backend, &result->why);
     if (r == 0 && result->backend->existing)
         r = machine_prepare(config, boot->key_path, &result->host_key, &why);
-    else if (r == 0)
-        r = image_open(boot->settings, config->image, &result->image, &why);
     if (r == 0 && !result->backend->existing)
         r = image_check_memory(&result->image, config->image, config->memory, &why);
     if (r == 0 && !result->backend->existing)
@@ -216,13 +218,30 @@ static int boot_find(struct vm_boot *boot) {
     return result->status = r;
 }
 
+/* What the backend itself has to do before. */
+static void boot_prepare_vmm(struct vm_boot *boot) {
+    struct vm_boot_result *result = &boot->result;
+    struct vmm_config config = {.id = boot->id, .dir = boot->dir};
+    char *why = NULL;
+    boot_describe_vmm(&boot->config, result, &config);
+    int r = vmm_check_config(result->backend, &config, &why);
+    if (r == 0 && result->backend->prepare)
+        r = result->backend->prepare(&config, &why);
+    if (r == 0)
+        return;
+    free(result->why);
+    result->why = why;
+    result->status = -ERR_GONE;
+}
+
 static void boot_work(uv_work_t *work) {
     struct vm_boot *boot = work->data;
     cleanup_buf struct buf host_key = {0}, archive = {0};
     if (boot_find(boot) < 0 || boot->result.backend->existing ||
         boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
         return;
-    boot_initrd(boot, &archive);
+    if (boot_initrd(boot, &archive) == 0)
+        boot_prepare_vmm(boot);
     explicit_bzero(host_key.data, host_key.len);
     explicit_bzero(archive.data, archive.len);
 }
@@ -249,6 +268,23 @@ static void boot_after(uv_work_t *work, int status) {
     boot->done(boot->vm, &boot->result);
     vm_unref(boot->vm);
     boot_free(boot);
+}
+
+void boot_describe_vmm(const struct vm_config *config, const struct vm_boot_result *result,
+                       struct vmm_config *vmm) {
+    const struct image *image = &result->image;
+    vmm->kernel = image->kernel;
+    vmm->kernel_elf = image->kernel_elf;
+    vmm->initrd = result->initrd;
+    vmm->disk = result->disk;
+    vmm->vcpus = config->vcpus ? config->vcpus : image->vcpus;
+    vmm->memory = config->memory ? config->memory : image->memory;
+    vmm->cpu_model = config->cpu_model;
+    vmm->vsock_port = image->vsock_port;
+    vmm->tap = config->tap;
+    vmm->jail_user = config->jail_user;
+    vmm->address = config->address;
+    vmm->port = config->port;
 }
 
 int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_result *result)) {

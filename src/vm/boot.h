@@ -22,5 +22,11 @@ struct vm_boot_result {
  * then; the result is valid during the call. */
 int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_result *result));
 
+struct vmm_config;
+
+/* Fills in what the settings and the preparation say of the machine, borrowed from both. */
+void boot_describe_vmm(const struct vm_config *config, const struct vm_boot_result *result,
+                       struct vmm_config *vmm);
+
 /* The public part of a key file of ssh-keygen: its blob (RFC 4253, section 6.6). Blocks shortly. */
 int boot_read_public_key(const char *path, struct buf *ret_blob);

@@ -30,6 +30,8 @@ struct vm_config {
     unsigned lifetime;     /* s, from running; 0: no end */
     unsigned idle_timeout; /* s, without anybody asking for anything; 0: no end */
     char *user;            /* whom to log in as; empty: what the image says, else root */
+    char *tap;             /* network interface of the host for the guest's; empty: none */
+    char *jail_user;       /* of the host, to run the VMM as, in a jail; empty: no jail */
     /* Of an existing machine. */
     char *address;  /* host name or IP address */
     unsigned port;  /* of its SSH server */
@@ -45,7 +47,8 @@ enum config_kind {
     CONFIG_CHOICE,    /* one of a few words */
     CONFIG_PATH,      /* absolute, of a file in the guest */
     CONFIG_HOST_PATH, /* absolute, of a file on the host */
-    CONFIG_USER_NAME, /* of a user in the guest */
+    CONFIG_USER_NAME, /* of a user */
+    CONFIG_INTERFACE, /* of the host's network */
     CONFIG_CPU_MODEL, /* with features behind commas */
     CONFIG_HOST_NAME, /* or an address */
 };
@@ -69,7 +72,7 @@ struct config_setting {
     unsigned flags;             /* of CONFIG_LIVE, … */
 };
 
-#define CONFIG_SETTINGS 19
+#define CONFIG_SETTINGS 21
 extern const struct config_setting config_settings[CONFIG_SETTINGS]; /* sorted by name */
 
 /* NULL: there is no such setting. */

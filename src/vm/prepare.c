@@ -195,7 +195,7 @@ static void creation_check(struct creation *c) {
     const struct vmm_ops *backend;
     struct image image;
     cleanup_free char *why = NULL;
-    c->status = vmm_find(c->config.backend, &backend, &why);
+    c->status = vmm_find(c->config.backend, true, &backend, &why);
     if (c->status == 0 && !backend->existing) {
         free(why);
         why = NULL;

@@ -271,7 +271,7 @@ static void record_adopt(struct vm *vm, const json_t *record) {
         return;
     if (asprintf(&key, "%s/ssh_host_ed25519_key.pub", vm->dir) < 0)
         return;
-    int r = vmm_find(backend, &ops, &note);
+    int r = vmm_find(backend, true, &ops, &note);
     if (r == 0 && !ops->existing)
         r = boot_read_public_key(key, &vm->host_key);
     if (r == 0)

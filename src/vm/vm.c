@@ -208,6 +208,7 @@ bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
     *ret_target = (struct ssh_target){
         .address = endpoint.address,
         .address_length = endpoint.length,
+        .vsock_port = endpoint.vsock_port,
         .user = vm->user,
         .key_path = machine_key_path(vm),
         .host_key = (const uint8_t *)(vm->host_key.data ? vm->host_key.data : ""),
@@ -394,7 +395,7 @@ static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
     const struct settings *settings = &vm->daemon->settings;
     const struct image *image = &result->image;
     cleanup_buf struct buf socket = {0}, boot_args = {0};
-    buf_printf(&socket, "%s/%llu.qmp", settings->runtime_dir, (unsigned long long)vm->number);
+    buf_printf(&socket, "%s/%llu.sock", settings->runtime_dir, (unsigned long long)vm->number);
     if (image->boot_args)
         buf_printf(&boot_args, "%s%s%s%s", image->boot_args, settings->verbose_boot ? "" : " quiet",
                    vm->config.boot_args[0] ? " " : "", vm->config.boot_args);
@@ -402,16 +403,9 @@ static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
         .id = vm->id,
         .dir = vm->dir,
         .socket = socket.data,
-        .kernel = image->kernel,
-        .initrd = result->initrd,
         .boot_args = boot_args.data,
-        .vcpus = vm->config.vcpus ? vm->config.vcpus : image->vcpus,
-        .memory = vm->config.memory ? vm->config.memory : image->memory,
-        .disk = result->disk,
-        .cpu_model = vm->config.cpu_model,
-        .address = vm->config.address,
-        .port = vm->config.port,
     };
+    boot_describe_vmm(&vm->config, result, &config);
     if (socket.failed || boot_args.failed)
         return -ERR_NO_MEMORY;
     return vm->backend->create(vm->daemon->loop, &config, &vm_vmm_events, vm, &vm->vmm);

@@ -113,7 +113,7 @@ void process_kill_strays(const char *text) {
         char path[sizeof entry->d_name + 32], line[16384];
         pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
         if (pid <= 1 || pid == getpid() || fstatat(dirfd(proc), entry->d_name, &st, 0) < 0 ||
-            st.st_uid != geteuid())
+            (st.st_uid != geteuid() && geteuid() != 0)) /* root has some run as others */
             continue;
         snprintf(path, sizeof path, "/proc/%s/cmdline", entry->d_name);
         cleanup_close int pidfd = pidfd_open(pid, 0);
@@ -155,7 +155,7 @@ static int process_watch(uv_loop_t *loop, pid_t pid, int pidfd, uint64_t start_t
 
 /* posix_spawn and not uv_spawn: it closes every other descriptor, those too that this daemon was
  * started with, and the end is told by the pidfd for children and adopted processes alike. */
-static int process_start(const struct process_options *o, int log, pid_t *ret_pid) {
+static int process_start(const struct process_options *o, int output, int log, pid_t *ret_pid) {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t none, all;
@@ -174,7 +174,7 @@ static int process_start(const struct process_options *o, int log, pid_t *ret_pi
         (error = posix_spawnattr_setsigmask(&attributes, &none)) ||
         (error = posix_spawnattr_setsigdefault(&attributes, &all)) ||
         (error = posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)) ||
-        (error = posix_spawn_file_actions_adddup2(&actions, log, 1)) ||
+        (error = posix_spawn_file_actions_adddup2(&actions, output, 1)) ||
         (error = posix_spawn_file_actions_adddup2(&actions, log, 2)) ||
         (o->fd >= 0 && (error = posix_spawn_file_actions_adddup2(&actions, o->fd, PROCESS_FD))) ||
         (error = posix_spawn_file_actions_addclosefrom_np(&actions, o->fd >= 0 ? PROCESS_FD + 1
@@ -187,14 +187,19 @@ static int process_start(const struct process_options *o, int log, pid_t *ret_pi
     return -error;
 }
 
+/* O_APPEND: whoever truncates a log that has grown too long gets no hole of NULs before it. */
+static int log_open(const char *path) {
+    return open(path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_NOFOLLOW | O_CLOEXEC, 0600);
+}
+
 int process_spawn(uv_loop_t *loop, const struct process_options *options, process_exited *exited,
                   void *arg, struct process **ret_process) {
-    cleanup_close int log =
-        open(options->log, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (log < 0)
+    cleanup_close int log = log_open(options->log);
+    cleanup_close int output = options->output ? log_open(options->output) : -1;
+    if (log < 0 || (options->output && output < 0))
         return -errno;
     pid_t pid;
-    int status = process_start(options, log, &pid);
+    int status = process_start(options, output < 0 ? log : output, log, &pid);
     if (status < 0)
         return status;
     /* Nobody else waits for the child, so its number stays its own. */
@@ -307,7 +312,7 @@ int process_run(const char *program, char *const *argv, unsigned timeout_ms, str
         return -errno;
     cleanup_close int from = fds[0];
     pid_t pid;
-    int status = process_start(&options, fds[1], &pid);
+    int status = process_start(&options, fds[1], fds[1], &pid);
     close(fds[1]);
     if (status < 0)
         return status;

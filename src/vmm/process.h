@@ -22,6 +22,7 @@ struct process_options {
     char *const *argv;   /* NULL-terminated */
     char *const *env;    /* NULL-terminated; the daemon's own is not handed down */
     const char *log;     /* stdout and stderr go here; emptied first */
+    const char *output;  /* NULL, or stdout goes here, likewise */
     int fd;              /* becomes descriptor PROCESS_FD, the only one above 2; -1: none */
 };
 
@@ -42,8 +43,8 @@ pid_t process_pid(const struct process *process);
 /* SIGKILL, also for a stopped process. One that is gone already is no error. */
 void process_kill(struct process *process);
 
-/* SIGKILL for every process of this user whose command line holds the text: what a daemon has
- * started that was killed before it could record it. Looks through /proc. */
+/* SIGKILL for every process of this user (of root: of any) whose command line holds the text: what
+ * a daemon has started that was killed before it could record it. Looks through /proc. */
 void process_kill_strays(const char *text);
 
 /* Stops watching; the process goes on. No callback comes after this. NULL is allowed. */
