@@ -58,6 +58,7 @@ static const struct fuse_opt option_table[] = {
 
 void options_print_help(void) {
     printf("usage: vmsfs [SOURCE] MOUNTPOINT [-o OPTION,…]\n"
+           "       vmsfs --connect SOCKET PORT   (what ssh_config has for guests with a vsock)\n"
            "\n"
            "Shows virtual machines as directories: mkdir boots one, files in it set its\n"
            "environment variables, run commands and tell how it is.\n"
@@ -86,7 +87,8 @@ void options_print_help(void) {
     }
     printf("\n"
            "VMSFS_BACKEND is another default for backend=. VMSFS_VERBOSE_BOOT=1 shows the\n"
-           "kernel's messages on the console.\n"
+           "kernel's messages on the console. VMSFS_KVM=yes or no says whether KVM works here,\n"
+           "where the CPU's flags and /dev/kvm would say otherwise.\n"
            "\n"
            "Options of FUSE (allow_other always comes with default_permissions):\n");
 }
@@ -243,7 +245,8 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
     }
     s->runtime_dir = runtime_dir(s->state_dir);
     s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
-    if (!s->runtime_dir || !s->mountpoint) {
+    s->program = realpath("/proc/self/exe", NULL);
+    if (!s->runtime_dir || !s->mountpoint || !s->program) {
         fprintf(stderr, "vmsfs: out of memory\n");
         return false;
     }

@@ -1,6 +1,5 @@
 #include "vm/vm.h"
 
-#include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -552,26 +551,4 @@ json_t *vm_info(const struct vm *vm) {
                         json_pack("{s:i, s:s, s:I}", "pid", getpid(), "version", VMSFS_VERSION,
                                   "requests", (json_int_t)vm->daemon->requests));
     return info;
-}
-
-bool vm_ssh_config(const struct vm *vm, struct buf *out) {
-    struct ssh_target target;
-    char host[NI_MAXHOST], port[NI_MAXSERV];
-    if (!vm_target(vm, &target) || !target.host_key_length ||
-        getnameinfo((const struct sockaddr *)&target.address, target.address_length, host,
-                    sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) != 0)
-        return false;
-    buf_printf(out,
-               "Host %s\n"
-               "    HostName %s\n"
-               "    Port %s\n"
-               "    User %s\n"
-               "    HostKeyAlias %s\n"
-               "    IdentityFile \"%s\"\n"
-               "    IdentitiesOnly yes\n"
-               "    UserKnownHostsFile \"%s/known_hosts\"\n"
-               "    StrictHostKeyChecking yes\n"
-               "    LogLevel ERROR\n",
-               vm->id, host, port, vm->user, vm->id, target.key_path, vm->dir);
-    return !out->failed;
 }
