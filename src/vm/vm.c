@@ -291,7 +291,8 @@ static void vm_vmm_ready(void *arg) {
     struct vm *vm = arg;
     vm_save(vm);
     if (vm->state == VM_PAUSED) { /* so an earlier daemon has left it, or was about to */
-        vm->vmm->ops->pause(vm->vmm, true, NULL);
+        if (!vm->pausing)         /* else it has been asked to go on already */
+            vm->vmm->ops->pause(vm->vmm, true, NULL);
         return;
     }
     if (vm->attached && vm->vmm->ops->pause)

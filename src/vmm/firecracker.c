@@ -156,8 +156,8 @@ static int fc_add_jailer(const struct vmm_config *config, const char *vsock, con
     struct passwd *user = getpwnam(config->jail_user);
     if (!user || !root || host_find_program(FC_JAILER, &jailer) < 0)
         return -ENOENT;
-    jailed_socket = host_join(root, FC_JAILED_SOCKET + 1);
-    jailed_vsock = host_join(root, FC_JAILED_VSOCK + 1);
+    jailed_socket = host_join(root, &FC_JAILED_SOCKET[1]);
+    jailed_vsock = host_join(root, &FC_JAILED_VSOCK[1]);
     if (!jailed_socket || !jailed_vsock)
         return -ERR_NO_MEMORY;
     if (symlink(jailed_socket, config->socket) < 0 || symlink(jailed_vsock, vsock) < 0)

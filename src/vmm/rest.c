@@ -50,7 +50,9 @@ struct rest {
     struct rest_plan plan;
     size_t step; /* of the plan: the next */
     unsigned quit_ms;
-    bool pause_to; /* what pause() has asked for */
+    bool pausing;     /* pause() is under way */
+    bool pause_to;    /* what it was asked for last */
+    bool pause_asked; /* and what the VMM was */
     void (*paused)(void *arg, int status, const char *why);
     char *socket, *vsock, *log, *console; /* owned; paths */
     char *event_log, *own_log;            /* owned; paths, or NULL */
@@ -362,25 +364,36 @@ static void rest_on_deadline(uv_timer_t *timer) {
 
 /* ---- pausing ---- */
 
-static void rest_on_paused(void *arg, int status, const json_t *answer, const char *why) {
-    struct rest *r = arg;
+static void rest_on_state(void *arg, int status, const json_t *answer, const char *why);
+
+static void rest_end_pause(struct rest *r, int status, const char *why) {
     void (*done)(void *, int, const char *) = r->paused;
-    (void)answer;
     r->paused = NULL;
+    r->pausing = false;
     if (done && r->stage == STAGE_RUNNING)
         done(r->arg, status, why);
+}
+
+static void rest_on_paused(void *arg, int status, const json_t *answer, const char *why) {
+    struct rest *r = arg;
+    (void)answer;
+    if (status == 0 && r->pause_to != r->pause_asked) /* somebody has thought otherwise meanwhile */
+        rest_call(r, &r->dialect->state, rest_on_state);
+    else
+        rest_end_pause(r, status, why);
 }
 
 /* What is so already is an error to Cloud Hypervisor: so the state is looked at first. */
 static void rest_on_state(void *arg, int status, const json_t *answer, const char *why) {
     struct rest *r = arg;
     const char *state = json_string_value(json_object_get(answer, "state"));
-    if (status == 0 && state && (strcmp(state, "Paused") == 0) == r->pause_to)
-        rest_on_paused(r, 0, NULL, "");
-    else if (status == 0)
-        rest_call(r, r->pause_to ? &r->dialect->pause : &r->dialect->resume, rest_on_paused);
+    r->pause_asked = r->pause_to;
+    if (status < 0 || !state)
+        rest_end_pause(r, status < 0 ? status : -ERR_IO, status < 0 ? why : "it has no state");
+    else if ((strcmp(state, "Paused") == 0) == r->pause_to)
+        rest_end_pause(r, 0, "");
     else
-        rest_on_paused(r, status, NULL, why);
+        rest_call(r, r->pause_to ? &r->dialect->pause : &r->dialect->resume, rest_on_paused);
 }
 
 void rest_pause(struct vmm *vmm, bool paused,
@@ -388,7 +401,9 @@ void rest_pause(struct vmm *vmm, bool paused,
     struct rest *r = rest_of(vmm);
     r->paused = done;
     r->pause_to = paused;
-    rest_call(r, &r->dialect->state, rest_on_state);
+    if (!r->pausing)
+        rest_call(r, &r->dialect->state, rest_on_state);
+    r->pausing = true;
 }
 
 /* ---- create and adopt ---- */
