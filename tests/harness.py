@@ -454,6 +454,11 @@ class Daemon:
         """The only one, or that of the backend that is tested."""
         return self.fakes.get(BACKEND) or next(iter(self.fakes.values()))
 
+    def boot_late(self, late=True):
+        """Guests take their time to boot, as emulated ones do anyway."""
+        for fake in self.fakes.values():
+            fake.do_wrong(**({"vsock": "refuse"} if late else {}))
+
     def qemus(self):
         """QEMUs, or what stands for other VMMs, that belong to this state directory."""
         found = []
@@ -654,6 +659,20 @@ class Guest:
 
     def qemu(self):
         return self.info()["pid"]
+
+    def ignore_power_button(self):
+        """From now on the guest does not hear that it should power down."""
+        if BACKEND == "qemu":
+            self.ssh("killall acpid; rm -f /sbin/acpid /usr/sbin/acpid", check=False)
+        else:
+            self.daemon.fake().do_wrong(**{"PUT /actions SendCtrlAltDel": "ignore", "PUT /vm.power-button": "ignore"})
+
+    def panic(self):
+        """The guest's kernel does."""
+        if BACKEND == "qemu":
+            self.ssh("echo 1 >/proc/sys/kernel/sysrq; (usleep 500000; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &")
+        else:
+            write(os.path.join(self.daemon.fake().path, "guests", str(self.qemu()), "sysrq"), "c")
 
     def wait(self, state, seconds=BOOT_TIMEOUT):
         def reached():

@@ -9,11 +9,13 @@ import os
 import signal
 import stat
 import threading
+import time
 import traceback
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+SYS_RT_SIGACTION, SYS_PIVOT_ROOT, MNT_DETACH = 13, 155, 2
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 1, 24
 # What would reach out of the namespaces: modules, raw input and output, the clock.
 CAPABILITIES = {"SYS_MODULE": 16, "SYS_RAWIO": 17, "SYS_PTRACE": 19, "SYS_TIME": 25, "MAC_ADMIN": 33, "SYSLOG": 34}
@@ -75,9 +77,9 @@ class Guest:
         if not os.path.exists(self.trigger):
             os.mkfifo(self.trigger)
         orders, self.orders = os.pipe()
+        self.console, self.terminal = os.openpty()
         own = os.open("/proc/self/ns/pid", os.O_RDONLY)
-        check(LIBC.unshare(CLONE_NEWNS | CLONE_NEWPID))
-        mount(None, "/", None, MS_REC | MS_PRIVATE)
+        check(LIBC.unshare(CLONE_NEWPID))
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -101,22 +103,24 @@ class Guest:
             order = f.read()
         if not order:
             return  # never started
-        console, initrd, command_line = order.decode().split("\0")
-        check(LIBC.unshare(CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET))
+        initrd, command_line = order.decode().split("\0")
+        check(LIBC.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET))
+        mount(None, "/", None, MS_REC | MS_PRIVATE)
         self.make_tree(initrd, command_line)
-        null = os.open("/dev/null", os.O_RDONLY)
-        output = os.open(console, os.O_WRONLY | os.O_APPEND)
-        os.dup2(null, 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        for fd in range(3):
+            os.dup2(self.terminal, fd)
         os.closerange(3, 256)
-        os.chroot(self.root)
+        # Nothing of the host's mounts is left, which an unmount there would wait for.
+        os.makedirs(os.path.join(self.root, "mnt/host"))
+        check(LIBC.syscall(SYS_PIVOT_ROOT, os.fsencode(self.root), os.fsencode(self.root + "/mnt/host")))
         os.chdir("/")
+        check(LIBC.umount2(b"/mnt/host", MNT_DETACH))
+        os.rmdir("/mnt/host")
         for number in CAPABILITIES.values():
             LIBC.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
-        for number in range(1, 32):
-            if number not in (signal.SIGKILL, signal.SIGSTOP):
-                signal.signal(number, signal.SIG_DFL)
+        # The system call itself: glibc's posix_spawn() has left two of its own ignored, which sigaction() will not touch.
+        for number in range(1, 65):
+            LIBC.syscall(SYS_RT_SIGACTION, number, bytes(32), None, 8)
         os.execve("/init", ["/init"], {"PATH": "/bin", "HOME": "/", "TERM": "linux"})
 
     def make_tree(self, initrd, command_line):
@@ -133,6 +137,9 @@ class Guest:
             os.mknod(os.path.join(root, "dev", name), stat.S_IFCHR | 0o666, os.makedev(major, minor))
             os.chmod(os.path.join(root, "dev", name), 0o666)
         os.symlink("/proc/self/fd", os.path.join(root, "dev/fd"))
+        with open(os.path.join(root, "dev/console"), "wb"):
+            pass
+        mount(os.ttyname(self.terminal), os.path.join(root, "dev/console"), None, MS_BIND)
         mount("devpts", os.path.join(root, "dev/pts"), "devpts", data="newinstance,ptmxmode=0666,mode=620,gid=5")
         os.symlink("pts/ptmx", os.path.join(root, "dev/ptmx"))
         with open(os.path.join(root, "etc/hostname"), encoding="ascii") as f:
@@ -150,11 +157,11 @@ class Guest:
 
     # ---- outside ----
 
-    def start(self, console, initrd, command_line):
-        os.write(self.orders, f"{console}\0{initrd}\0{command_line}".encode())
+    def start(self, initrd, command_line):
+        os.write(self.orders, f"{initrd}\0{command_line}".encode())
         os.close(self.orders)
-        self.console = console
         self.started = True
+        threading.Thread(target=self.copy_console, daemon=True).start()
         threading.Thread(target=self.wait, daemon=True).start()
         threading.Thread(target=self.watch_trigger, daemon=True).start()
 
@@ -164,6 +171,7 @@ class Guest:
         reset = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGHUP
         words = "reboot: Restarting system" if reset else "reboot: Power down"
         self.say(words)
+        time.sleep(0.02)  # for what is still on its way to the log
         self.ended(RESET if reset else POWERED_OFF)
 
     def watch_trigger(self):
@@ -173,14 +181,18 @@ class Guest:
             letter = os.read(fd, 1)
             if letter == b"c":
                 self.say("Kernel panic - not syncing: sysrq triggered crash")
+                time.sleep(0.02)
             if letter in (b"c", b"b"):
                 self.ended(RESET)
             if letter == b"o":
                 self.ended(POWERED_OFF)
 
+    def copy_console(self):
+        while True:
+            os.write(1, os.read(self.console, 4096))
+
     def say(self, words):
-        with open(self.console, "a", encoding="ascii") as f:
-            f.write(words + "\r\n")
+        os.write(self.terminal, words.encode() + b"\n")
 
     def processes(self):
         own = os.readlink(f"/proc/{self.pid}/ns/pid")

@@ -10,7 +10,8 @@ Their folder, given by the wrapper that the tests put into PATH, holds:
     guests/      of each process
 
 Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "die after" (the answer),
-"garbage" (no HTTP), "no json", "flood" (an answer without end), "half" (of an answer), "slow" (byte by byte), "late" (1 s).
+"garbage" (no HTTP), "no json", "flood" (an answer without end), "half" (of an answer), "slow" (byte by byte), "late" (1 s), "ignore"
+(says yes and does nothing). "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
 """
 
 import json
@@ -155,7 +156,9 @@ class Vmm:
     def serve_one(self, connection):
         method, path, body = self.read_request(connection)
         name = f"{method} {path.removeprefix(self.spec.base)}"
-        self.note(f"{name} {body.decode()}")
+        if path == "/actions" and body:
+            name += " " + str(json.loads(body).get("action_type"))
+        self.note(f"{method} {path} {body.decode()}")
         for problem in self.spec.check_request(method, path, body):
             self.violation(problem)
         fault = self.fault(name)
@@ -173,6 +176,8 @@ class Vmm:
             time.sleep(1)
         if fault in ("400", "500"):
             status, answer = int(fault), self.error_body(["the fake was told to refuse", "as it was asked to"])
+        elif fault == "ignore":
+            status, answer = 204, None
         elif fault == "text":
             status, answer = 500, "plain words about what is wrong\x1b[31m"
         else:
