@@ -157,7 +157,7 @@ class Guest:
 
     # ---- outside ----
 
-    def start(self, initrd, command_line):
+    def start(self, initrd, command_line, *_of_machines):
         os.write(self.orders, f"{initrd}\0{command_line}".encode())
         os.close(self.orders)
         self.started = True

@@ -22,6 +22,7 @@ REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = 1, 2, 3, 4
 STREAM = 1
 HEADER = struct.Struct("<QQIIIHHIII")
 HOST_CID, ROOM = 2, 262144
+PACKET = 3072  # less than any Linux has buffers for, with the header
 NEXT, WRITE = 1, 2
 
 
@@ -273,11 +274,13 @@ class Vsock:
         connection.events = events
 
     def serve(self, connection, events):
+        if (connection.local, connection.port) not in self.connections:
+            return  # closed since this was found
         try:
             if events & selectors.EVENT_WRITE and connection.out:
                 connection.out = connection.out[connection.socket.send(connection.out) :]
             if events & selectors.EVENT_READ and connection.granted and not connection.ended:
-                data = connection.socket.recv(min(4096, self.room(connection)))
+                data = connection.socket.recv(min(PACKET - HEADER.size, self.room(connection)))
                 if data:
                     connection.sent += len(data)
                     self.send(connection, RW, data)

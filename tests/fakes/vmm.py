@@ -1,6 +1,8 @@
 """What the two fakes have in common: a REST interface on a UNIX socket that is checked against the published specification,
 a vsock that is another UNIX socket, and a guest (guest.py).
 
+"guest": "machine" makes it a whole guest, in QEMU (machine.py), instead.
+
 Their folder, given by the wrapper that the tests put into PATH, holds:
 
     spec.json    the specification
@@ -47,6 +49,7 @@ class Vmm:
     """A fake is a subclass: it has `server`, `options`, error_body() and handle()."""
 
     server = None
+    machine = None  # of machine.py
     vsock_acknowledge = b"OK 1073741824\n"
 
     def __init__(self, folder):
@@ -55,7 +58,13 @@ class Vmm:
         self.lock = threading.Lock()
         self.go = threading.Event()
         self.go.set()
-        self.guest = Guest(os.path.join(folder, "guests", str(os.getpid())), self.guest_ended)
+        place = os.path.join(folder, "guests", str(os.getpid()))
+        if self.fault("guest") == "machine":
+            from machine import Machine
+
+            self.guest = Machine(place, self.guest_ended, self.machine)
+        else:
+            self.guest = Guest(place, self.guest_ended)
 
     # ---- what the tests are told ----
 
