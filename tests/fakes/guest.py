@@ -4,9 +4,11 @@ Everything above the kernel is real: the image's /init, its SSH server with the 
 programs, with process numbers, a network, a host name and a file system of its own. It ends with the process that has made it.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
+import socket
 import stat
 import threading
 import time
@@ -59,7 +61,7 @@ def unpack(data, root):
             os.chmod(path, stat.S_IMODE(mode))
         elif stat.S_ISLNK(mode):
             os.symlink(contents.decode(), path)
-        elif stat.S_ISREG(mode):
+        elif stat.S_ISREG(mode) and name != "lib/disk-init":  # there is none
             with open(path, "wb") as f:
                 f.write(contents)
             os.chmod(path, stat.S_IMODE(mode))
@@ -224,14 +226,15 @@ class Guest:
 
     def connect(self):
         """A connection to its SSH server. For a thread of its own: it is in the guest's network from then on."""
-        import socket
-
         fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
         try:
             check(LIBC.setns(fd, CLONE_NEWNET))
         finally:
             os.close(fd)
         connection = socket.create_connection(("127.0.0.1", 22), 5)
+        with contextlib.suppress(OSError):
+            os.rmdir(f"/proc/{self.pid}/root/run/vmsfs/disk")  # it has served
+            os.rmdir(f"/proc/{self.pid}/root/run/vmsfs")
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection

@@ -53,6 +53,8 @@ class Vmm:
     vsock_acknowledge = b"OK 1073741824\n"
 
     def __init__(self, folder):
+        # Behind a colon, what is `/` to one that is jailed.
+        folder, _, self.root = folder.partition(":")
         self.folder = folder
         self.spec = Spec(os.path.join(folder, "spec.json"))
         self.lock = threading.Lock()
@@ -85,7 +87,13 @@ class Vmm:
 
     # ---- to be used by the subclasses ----
 
+    def inside(self, path):
+        return self.root + path
+
     def listen(self, path):
+        if self.root:  # a long path, which is a short one in the jail
+            os.chdir(self.root)
+            path = os.path.relpath(path, "/")
         if len(os.fsencode(path)) > LONGEST_PATH:
             self.violation(f"the path of a socket has more than {LONGEST_PATH} bytes: {path}")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -99,7 +107,7 @@ class Vmm:
 
     def require_file(self, path, start=b""):
         try:
-            with open(path, "rb") as f:
+            with open(self.inside(path), "rb") as f:
                 self.require(f.read(len(start)) == start, f"{path} does not begin with {start!r}")
         except OSError as error:
             raise Refusal(400, f"Failed to open {path}: {error}") from error
