@@ -367,7 +367,9 @@ class Daemon:
         self.guests = {}
         os.makedirs(self.mount)
         if fakes is None:
-            fakes = [] if BACKEND == "qemu" else [BACKEND]
+            fakes = []
+        if not fakes and BACKEND != "qemu":
+            fakes = [BACKEND]
             self.env = {"VMSFS_BACKEND": BACKEND, **self.env}
         self.fakes = {backend: Fake(self.path, backend) for backend in fakes}
         if self.fakes:

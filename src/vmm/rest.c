@@ -187,6 +187,7 @@ static void rest_call(struct rest *r, const struct rest_call *call, http_done *d
 static void rest_become_ready(struct rest *r) {
     r->stage = STAGE_RUNNING;
     r->booted = true;
+    r->killed_for[0] = '\0';
     rest_free_plan(&r->plan);
     uv_timer_stop(&r->deadline);
     uv_timer_stop(&r->retry);
@@ -232,9 +233,11 @@ static void rest_on_look(void *arg, int status, const json_t *answer, const char
         log_debug("%s %d answers: %s", r->dialect->title, (int)process_pid(r->process), why);
     if (status == 0)
         rest_next_step(r);
-    else if (status == -ERR_UNREACHABLE)
-        uv_timer_start(&r->retry, rest_look, REST_RETRY_MS, 0);
-    else if (!r->adopted)
+    else if (status == -ERR_UNREACHABLE) {
+        snprintf(r->killed_for, sizeof r->killed_for, "%s", why); /* should nothing better come */
+        if (uv_timer_get_due_in(&r->deadline) > 2 * REST_MARGIN_MS)
+            uv_timer_start(&r->retry, rest_look, REST_RETRY_MS, 0);
+    } else if (!r->adopted)
         rest_kill_for(r, "%s", why);
 }
 
@@ -344,11 +347,8 @@ static void rest_on_deadline(uv_timer_t *timer) {
             log_warn("%s %d does not answer on %s; going on without", r->dialect->title,
                      (int)process_pid(r->process), r->socket);
             rest_become_ready(r);
-        } else if (r->killed_for[0]) {
-            rest_kill(&r->vmm);
         } else {
-            rest_kill_for(r, "%s did not answer on %s within %d s", r->dialect->title, r->socket,
-                          REST_START_MS / 1000);
+            rest_kill(&r->vmm); /* for what was said last */
         }
         break;
     case STAGE_POWERDOWN:

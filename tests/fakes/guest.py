@@ -56,12 +56,14 @@ def cpio_members(data):
 def unpack(data, root):
     for name, mode, contents in cpio_members(data):
         path = os.path.join(root, name)
+        if os.path.lexists(path) and not os.path.isdir(path):
+            os.unlink(path)  # a later one replaces it
         if stat.S_ISDIR(mode):
             os.makedirs(path, exist_ok=True)
             os.chmod(path, stat.S_IMODE(mode))
         elif stat.S_ISLNK(mode):
             os.symlink(contents.decode(), path)
-        elif stat.S_ISREG(mode) and name != "lib/disk-init":  # there is none
+        elif stat.S_ISREG(mode) and os.path.normpath(name) != "lib/disk-init":  # there is none
             with open(path, "wb") as f:
                 f.write(contents)
             os.chmod(path, stat.S_IMODE(mode))
