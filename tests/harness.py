@@ -25,9 +25,12 @@ IMAGES = os.path.join(BUILD, "images")
 
 # What the tests' VMs run in: qemu, or a fake of one of the others (fakes/vmm.py).
 BACKEND = os.environ.get("VMSFS_TEST_BACKEND", "qemu")
+# Not a fake but the program itself: contrib/test-real-vmms.
+REAL = bool(os.environ.get("VMSFS_TEST_REAL"))
 FAKES = os.path.join(ROOT, "tests", "fakes")
 SPECS = os.path.join(ROOT, "tests", "specs")
 # backend: program
+VMMS = (b"/qemu-system-x86_64", b"/firecracker", b"/cloud-hypervisor")
 PROGRAMS = {"firecracker": "firecracker", "cloud_hypervisor": "cloud-hypervisor"}
 
 # The options that the tests use where nothing else is said, and how much longer an operation may take than the
@@ -369,7 +372,7 @@ class Daemon:
         if fakes is None:
             fakes = []
         if not fakes and BACKEND != "qemu":
-            fakes = [BACKEND]
+            fakes = [] if REAL else [BACKEND]
             self.env = {"VMSFS_BACKEND": BACKEND, **self.env}
         self.fakes = {backend: Fake(self.path, backend) for backend in fakes}
         if self.fakes:
@@ -467,7 +470,7 @@ class Daemon:
         for pid in processes_with(self.state + "/"):
             with contextlib.suppress(OSError):
                 words = read_bytes(f"/proc/{pid}/cmdline").split(b"\0")[:3]
-                if any(b"qemu-system" in word or os.fsencode(FAKES) in word for word in words):
+                if any(word.endswith(VMMS) for word in words):
                     found.append(pid)
         return found
 
@@ -664,14 +667,16 @@ class Guest:
 
     def ignore_power_button(self):
         """From now on the guest does not hear that it should power down."""
-        if BACKEND == "qemu":
+        if REAL and BACKEND == "firecracker":
+            self.ssh("echo -n serio0 >/sys/bus/serio/drivers/atkbd/unbind")  # what presses Ctrl-Alt-Del
+        elif REAL or BACKEND == "qemu":
             self.ssh("killall acpid; rm -f /sbin/acpid /usr/sbin/acpid", check=False)
         else:
             self.daemon.fake().do_wrong(**{"PUT /actions SendCtrlAltDel": "ignore", "PUT /vm.power-button": "ignore"})
 
     def panic(self):
         """The guest's kernel does."""
-        if BACKEND == "qemu":
+        if REAL or BACKEND == "qemu":
             self.ssh("echo 1 >/proc/sys/kernel/sysrq; (usleep 500000; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &")
         else:
             write(os.path.join(self.daemon.fake().path, "guests", str(self.qemu()), "sysrq"), "c")
