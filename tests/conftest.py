@@ -31,10 +31,11 @@ def pytest_configure(config):
 
 
 # The tests that run on every backend, with VMSFS_TEST_BACKEND: what a VM is and does, whatever runs it.
-EVERYWHERE = {"test_lifecycle", "test_status", "test_death", "test_life", "test_prepare"}
-# And those of what its guest is told by SSH, which the two fakes share out among them: each runs on one of them, on both with
+EVERYWHERE = {"test_lifecycle", "test_status", "test_death"}
+# And those that are less about what runs it, which the two fakes share out among them: each runs on one of them, on both with
 # VMSFS_TEST_ALL=1.
 EITHER = {"test_env", "test_environ", "test_exec", "test_run", "test_jobs", "test_staging", "test_writers", "test_guest_truth"}
+EITHER |= {"test_life", "test_prepare"}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -199,8 +199,9 @@ def test_kill_9_of_the_daemon_while_a_vm_boots(daemon):
 def test_kill_9_of_the_daemon_before_it_has_recorded_what_it_started(daemon):
     one = daemon()
     vm, pid, _ = prepare(one, "stray")
-    one.kill()
     path = os.path.join(one.state, "vms", "stray", "vm.json")
+    wait_for(lambda: "KEPT" in read(path), "the record follows the guest")
+    one.kill()
     record = json.loads(read(path))
     del record["vmm"]
     write(path, json.dumps({**record, "state": "booting", "attached": False}))

@@ -103,6 +103,7 @@ class Guest:
     def live(self, orders):
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
+        os.umask(0o022)  # as a kernel's first process has it
         with os.fdopen(orders, "rb") as f:
             order = f.read()
         if not order:
