@@ -30,6 +30,26 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "deadline(seconds): how long the test may take, with its fixtures")
 
 
+# The tests that run on every backend, with VMSFS_TEST_BACKEND: what a VM is and does, whatever runs it.
+EVERYWHERE = {"test_lifecycle", "test_status", "test_death"}
+# And those that are less about what runs it, which the two fakes share out among them: each runs on one of them, on both with
+# VMSFS_TEST_ALL=1.
+EITHER = {"test_env", "test_environ", "test_exec", "test_run", "test_jobs", "test_staging", "test_writers", "test_guest_truth"}
+EITHER |= {"test_life", "test_prepare"}
+
+
+def pytest_collection_modifyitems(config, items):
+    if harness.BACKEND == "qemu":
+        return
+    shared = sorted(item.nodeid for item in items if item.module.__name__ in EITHER)
+    mine = set(shared[list(harness.PROGRAMS).index(harness.BACKEND) :: len(harness.PROGRAMS)])
+    if os.environ.get("VMSFS_TEST_ALL"):
+        mine = set(shared)
+    chosen = [item for item in items if item.module.__name__ in EVERYWHERE or item.nodeid in mine]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 class Overdue(Exception):
     pass
 

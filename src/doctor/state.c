@@ -14,7 +14,7 @@
 /* The state directory and what belongs to it. */
 
 #define SPACE_LEAST_MIB 64
-#define SOCKET_NAME_MOST 15 /* of `/4294967295.qmp` */
+#define SOCKET_NAME_MOST 16 /* of `/4294967295.sock` */
 #define SOCKET_PATH_MOST 107
 #define ID_LETTERS "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-"
 
