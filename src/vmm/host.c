@@ -75,7 +75,7 @@ bool host_has_kvm(const char **ret_why) {
     if (told && strcmp(told, "yes") == 0)
         return true;
     if (told && strcmp(told, "no") == 0) {
-        why = "VMSFS_KVM=no";
+        why = "VMSFS_KVM=no, unset it";
     } else if (!cpu_has_virtualization()) {
         /* The flag first: /dev/kvm has been seen to open, and then to boot no stock kernel. */
         why = "the CPU shows neither vmx nor svm";

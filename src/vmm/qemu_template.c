@@ -13,8 +13,8 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
-#include "vmm/process.h"
 #include "vmm/host.h"
+#include "vmm/process.h"
 #include "vmm/qemu_command.h"
 #include "vmm/qmp.h"
 #include "vmm/vmm.h"

@@ -110,10 +110,11 @@ int vmm_check_config(const struct vmm_ops *ops, const struct vmm_config *config,
     cleanup_buf struct buf why = {0};
     *ret_why = NULL;
     if ((ops->traits & VMM_VSOCK) && !config->vsock_port)
-        buf_printf(&why,
-                   "%s reaches guests by vsock, and the image.json of this image has no \"vsock\": "
-                   "build it anew with contrib/guest/tiny, or use another backend",
-                   ops->name);
+        buf_printf(
+            &why,
+            "%s reaches guests by vsock, and the image.json of this image has no \"vsock\": "
+            "build it anew with contrib/guest/tiny (vmsfs-guest-tiny), or use another backend",
+            ops->name);
     for (size_t i = 0; i < sizeof settings / sizeof *settings && !why.len; i++)
         if (settings[i].wanted && !(ops->traits & settings[i].trait))
             buf_printf(&why, "config/%s is set, and the backend %s has no use for it: empty it",
