@@ -722,6 +722,21 @@ class Guest:
         else:
             self.daemon.fake().do_wrong(**{"PUT /actions SendCtrlAltDel": "ignore", "PUT /vm.power-button": "ignore"})
 
+    def mute(self):
+        """From now on nobody reaches its SSH server any more."""
+        if BACKEND == "qemu":
+            last = "ip link set eth0 down"
+        elif REAL:
+            last = "killall -STOP vsock-bridge"
+        else:
+            last = "true"
+        # It may take the answer with it.
+        with contextlib.suppress(OSError):
+            write(self / "exec", f"({last}; echo it-is-mute > /dev/console) > /dev/null 2>&1 &")
+        wait_for(lambda: "it-is-mute" in read(self / "console"), "it is mute", 20)
+        for fake in self.daemon.fakes.values():
+            fake.do_wrong(vsock="hang")
+
     def panic(self):
         """The guest's kernel does."""
         if REAL or BACKEND == "qemu":

@@ -445,7 +445,7 @@ def test_what_a_full_disk_of_the_host_cannot_keep_is_taken_back(daemon, tmp_path
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], check=True, timeout=20)
     try:
-        one = daemon(start=False)
+        one = daemon(start=False, templates=False)
         one.options = one.options.replace(f"state={one.state}", f"state={disk}/state")
         one.state = f"{disk}/state"
         one.start()

@@ -134,6 +134,13 @@ static bool option_say_why(const char *option, const char *why) {
     return false;
 }
 
+/* Of this program, for others to start. No realpath(): the folders above need not be open to us. */
+static char *program_path(void) {
+    char path[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path);
+    return n > 0 && n < PATH_MAX ? strndup(path, (size_t)n) : strdup("vmsfs");
+}
+
 /* An absolute path, also of what is not there yet. The daemon runs in /. */
 static char *absolute_path(const char *path) {
     char *absolute = NULL;
@@ -279,7 +286,7 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
         return false;
     }
     s->runtime_dir = runtime_dir(s->state_dir);
-    s->program = realpath("/proc/self/exe", NULL);
+    s->program = program_path();
     if (raw->count)
         s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
     if (!s->runtime_dir || !s->program || (raw->count && !s->mountpoint)) {
