@@ -14,6 +14,7 @@
 #include "doctor/doctor.h"
 #include "fuse/channel.h"
 #include "fuse/options.h"
+#include "proxy.h"
 #include "tree/node.h"
 #include "util/cleanup.h"
 #include "util/log.h"
@@ -274,6 +275,8 @@ int main(int argc, char **argv) {
     struct options options;
     int status = EXIT_FAILURE;
 
+    if (argc == 4 && strcmp(argv[1], "--connect") == 0)
+        return proxy_run(argv[2], argv[3]);
     bool ok = options_parse(argc, argv, &options);
     p->daemon.settings = options.settings;
     p->daemon.lock_fd = -1;

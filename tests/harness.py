@@ -26,6 +26,16 @@ IMAGES = os.path.join(BUILD, "images")
 # Guests start from a template that is made once; with "off" they boot cold, one and all.
 WARM = os.environ.get("VMSFS_TEST_WARM", "auto")
 
+# What the tests' VMs run in: qemu, or a fake of one of the others (fakes/vmm.py).
+BACKEND = os.environ.get("VMSFS_TEST_BACKEND", "qemu")
+# Not a fake but the program itself: contrib/test-real-vmms.
+REAL = bool(os.environ.get("VMSFS_TEST_REAL"))
+FAKES = os.path.join(ROOT, "tests", "fakes")
+SPECS = os.path.join(ROOT, "tests", "specs")
+# backend: program
+VMMS = (b"/qemu-system-x86_64", b"/firecracker", b"/cloud-hypervisor")
+PROGRAMS = {"firecracker": "firecracker", "cloud_hypervisor": "cloud-hypervisor"}
+
 # The options that the tests use where nothing else is said, and how much longer an operation may take than the
 # deadline that the daemon keeps: two cores, sanitizers, and other guests that boot meanwhile.
 TIMEOUT = 5
@@ -295,18 +305,77 @@ def environment(extra=None):
     }
 
 
+def spec_as_json(name):
+    """Parsed once in a run: the fakes are started often."""
+    path = os.path.join(RUN.path, f"{name}.json")
+    if not os.path.exists(path):
+        import yaml
+
+        with open(os.path.join(SPECS, f"{name}.yaml"), encoding="utf-8") as f:
+            document = yaml.load(f, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(document, f)
+    return path
+
+
+class Fake:
+    """A program that stands for a VMM, in a folder that comes first in a daemon's PATH. See fakes/vmm.py."""
+
+    def __init__(self, path, backend):
+        self.program = PROGRAMS[backend]
+        self.path = os.path.join(path, f"fake-{self.program}")
+        self.bin = os.path.join(path, "bin")
+        os.makedirs(os.path.join(self.path, "guests"))
+        os.makedirs(self.bin, exist_ok=True)
+        os.symlink(spec_as_json(self.program), os.path.join(self.path, "spec.json"))
+        self.install()
+
+    def install(self, script=None, name=None):
+        """`script`: something else in its place."""
+        path = os.path.join(self.bin, name or self.program)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(script or f"#!/bin/sh\nexec {FAKES}/{self.program} {self.path} \"$@\"\n")
+        os.chmod(path, 0o755)
+
+    def do_wrong(self, **faults):
+        """What it is to do wrong from now on: do_wrong(**{"PUT /vsock": "400"})."""
+        with open(os.path.join(self.path, "faults.new"), "w", encoding="utf-8") as f:
+            json.dump(faults, f)
+        os.rename(os.path.join(self.path, "faults.new"), os.path.join(self.path, "faults"))
+
+    def lines(self, name):
+        try:
+            return read(os.path.join(self.path, name)).splitlines()
+        except FileNotFoundError:
+            return []
+
+    def requests(self):
+        return self.lines("requests")
+
+    def violations(self):
+        return self.lines("violations")
+
+
 class Daemon:
     """vmsfs on a mount point of its own, with a state directory that outlives it."""
 
     def __init__(
-        self, options="", detached=False, env=None, timeout=TIMEOUT, boot_timeout=BOOT_TIMEOUT, program=VMSFS, templates=True
+        self,
+        options="",
+        detached=False,
+        env=None,
+        timeout=TIMEOUT,
+        boot_timeout=BOOT_TIMEOUT,
+        program=VMSFS,
+        templates=True,
+        fakes=None,
     ):
         self.program = program
         self.path = os.path.join(RUN.path, f"d{RUN.number()}")
         self.mount = os.path.join(self.path, "vms")
         self.state = os.path.join(self.path, "state")
         self.log = os.path.join(self.path, "log")
-        self.env = env
+        self.env = dict(env or {})
         self.detached = detached
         self.timeout = timeout
         self.options = f"state={self.state},images={IMAGES},timeout={timeout},boot_timeout={boot_timeout}"
@@ -314,11 +383,21 @@ class Daemon:
             self.options += ",warm=off"
         if options:
             self.options += "," + options
-        self.templates_wanted = templates and WARM != "off"
         self.pid = None
         self.process = None
         self.guests = {}
         os.makedirs(self.mount)
+        if fakes is None:
+            fakes = []
+        if not fakes and BACKEND != "qemu":
+            fakes = [] if REAL else [BACKEND]
+            self.env = {"VMSFS_BACKEND": BACKEND, **self.env}
+        self.fakes = {backend: Fake(self.path, backend) for backend in fakes}
+        if self.fakes:
+            path = self.env.get("PATH", environment()["PATH"])
+            self.env = {"VMSFS_KVM": "yes", **self.env, "PATH": f"{self.path}/bin:{path}"}
+        # QEMU alone has any.
+        self.templates_wanted = templates and WARM != "off" and BACKEND == "qemu" and not self.fakes
         RUN.daemons.append(self)
 
     def argv(self):
@@ -398,13 +477,24 @@ class Daemon:
         if mount_line(self.mount):
             subprocess.run(["fusermount3", "-uz", self.mount], check=True, timeout=20)
 
+    def fake(self):
+        """The only one, or that of the backend that is tested."""
+        return self.fakes.get(BACKEND) or next(iter(self.fakes.values()))
+
+    def boot_late(self, late=True):
+        """Guests take their time to boot, as emulated ones do anyway."""
+        for fake in self.fakes.values():
+            fake.do_wrong(**({"vsock": "refuse"} if late else {}))
+
     def qemus(self):
-        """QEMUs of VMs that belong to this state directory."""
-        return [
-            pid
-            for pid in processes_with(self.state + "/")
-            if b"qemu-system" in read_bytes(f"/proc/{pid}/cmdline").split(b"\0")[0] and pid not in self.template_makers()
-        ]
+        """QEMUs of VMs, or what stands for other VMMs, that belong to this state directory."""
+        found = []
+        for pid in processes_with(self.state + "/"):
+            with contextlib.suppress(OSError):
+                words = read_bytes(f"/proc/{pid}/cmdline").split(b"\0")[:3]
+                if any(word.endswith(VMMS) for word in words) and pid not in self.template_makers():
+                    found.append(pid)
+        return found
 
     def template_makers(self):
         """QEMUs that are nobody's yet."""
@@ -454,6 +544,9 @@ class Daemon:
             RUN.daemons.remove(self)
             with contextlib.suppress(OSError):
                 os.rmdir(runtime_dir(self.state))
+        violations = [line for fake in self.fakes.values() for line in fake.violations()]
+        if violations and not problem:
+            problem = "the VMM was told what its specification does not allow:\n" + "\n".join(violations)
         if problem:
             raise AssertionError(f"{problem}\nthe daemon's log ends: {read(self.log)[-2000:]}")
 
@@ -621,6 +714,37 @@ class Guest:
 
     def qemu(self):
         return self.info()["pid"]
+
+    def ignore_power_button(self):
+        """From now on the guest does not hear that it should power down."""
+        if REAL and BACKEND == "firecracker":
+            self.ssh("echo -n serio0 >/sys/bus/serio/drivers/atkbd/unbind")  # what presses Ctrl-Alt-Del
+        elif REAL or BACKEND == "qemu":
+            self.ssh("killall acpid; rm -f /sbin/acpid /usr/sbin/acpid", check=False)
+        else:
+            self.daemon.fake().do_wrong(**{"PUT /actions SendCtrlAltDel": "ignore", "PUT /vm.power-button": "ignore"})
+
+    def mute(self):
+        """From now on nobody reaches its SSH server any more."""
+        if BACKEND == "qemu":
+            last = "ip link set eth0 down"
+        elif REAL:
+            last = "killall -STOP vsock-bridge"
+        else:
+            last = "true"
+        # It may take the answer with it.
+        with contextlib.suppress(OSError):
+            write(self / "exec", f"({last}; echo it-is-mute > /dev/console) > /dev/null 2>&1 &")
+        wait_for(lambda: "it-is-mute" in read(self / "console"), "it is mute", 20)
+        for fake in self.daemon.fakes.values():
+            fake.do_wrong(vsock="hang")
+
+    def panic(self):
+        """The guest's kernel does."""
+        if REAL or BACKEND == "qemu":
+            self.ssh("echo 1 >/proc/sys/kernel/sysrq; (usleep 500000; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &")
+        else:
+            write(os.path.join(self.daemon.fake().path, "guests", str(self.qemu()), "sysrq"), "c")
 
     def wait(self, state, seconds=BOOT_TIMEOUT):
         def reached():

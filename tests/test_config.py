@@ -24,6 +24,7 @@ DEFAULTS = {
     "host_key": "",
     "idle_timeout": "0\n",
     "image": "tiny\n",
+    "jail_user": "",
     "key": "",
     "lifetime": "0\n",
     "memory": "",
@@ -31,6 +32,7 @@ DEFAULTS = {
     "protected": "no\n",
     "shell": "login\n",
     "stop_timeout": "10\n",
+    "tap": "",
     "user": "",
     "vcpus": "",
     "warm": "auto\n",
@@ -94,6 +96,8 @@ def test_each_setting_is_a_file_with_its_value(stopped):
         ("stop_timeout", "0\n", "0\n"),
         ("env_file", "/srv/my env\n", "/srv/my env\n"),
         ("user", "admin\n", "admin\n"),
+        ("tap", "vm-tap0.1\n", "vm-tap0.1\n"),
+        ("jail_user", "nobody\n", "nobody\n"),
     ],
 )
 def test_a_setting_is_written_and_set_back(stopped, name, text, value):
@@ -120,7 +124,7 @@ def test_a_setting_is_written_and_set_back(stopped, name, text, value):
         ("disk", "1T\n2T\n", ["MiB"]),
         ("cpu_model", "max -smp 9\n", ["CPU model", "the backend's choice"]),
         ("boot_timeout", "0\n", ["seconds", "86400", "its default is 60"]),
-        ("backend", "bochs\n", ["auto, qemu", "bochs", "its default is auto"]),
+        ("backend", "bochs\n", ["auto, firecracker, cloud_hypervisor, qemu", "bochs", "its default is auto"]),
         ("shell", "fish\n", ["login, raw"]),
         ("env_file", "relative\n", ["absolute path", "its default is /etc/profile.d/vmsfs_env.sh"]),
         ("user", "a b\n", ["letters"]),
@@ -441,7 +445,7 @@ def test_what_a_full_disk_of_the_host_cannot_keep_is_taken_back(daemon, tmp_path
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], check=True, timeout=20)
     try:
-        one = daemon(start=False)
+        one = daemon(start=False, templates=False)
         one.options = one.options.replace(f"state={one.state}", f"state={disk}/state")
         one.state = f"{disk}/state"
         one.start()

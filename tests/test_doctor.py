@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -329,6 +330,8 @@ def test_a_missing_qemu_is_told_with_its_package(state, tmp_path):
 
 def test_kvm_is_what_the_backend_says(state):
     """A CPU with the flag and a /dev/kvm that can be opened; then without either."""
+    told = report(state, env={"VMSFS_KVM": "no"}).one("kvm")
+    assert told["status"] == "warning" and told["remedy"] == "unset it"
     flag = "printf 'flags : fpu vmx\\n' > {0}/cpu; mount --bind {0}/cpu /proc/cpuinfo"
     none = "printf 'flags : fpu vmx_not\\n' > {0}/cpu; mount --bind {0}/cpu /proc/cpuinfo"
     device = "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/fuse c 10 229"
@@ -374,6 +377,16 @@ def test_a_path_too_long_for_sockets_is_told(tmp_path):
     )
     found = Report(done).one("sockets")
     assert found["status"] == "failed" and "XDG_RUNTIME_DIR" in found["remedy"]
+
+
+@pytest.mark.parametrize("program", ["firecracker", "cloud-hypervisor"])
+def test_other_vmms_that_no_daemon_will_find_are_told(state, program):
+    argv = [f"/usr/bin/{program}", "-c", "import sys; print(); sys.stdin.read()", f"{state}/vms/lost/vmm.log"]
+    with subprocess.Popen(argv, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
+        left.stdout.readline()
+        found = report(state).one("processes")
+        left.stdin.close()
+    assert found["status"] == "warning" and found["remedy"] == f"kill {left.pid}" and "lost" in found["found"]
 
 
 def test_a_vmm_that_no_daemon_will_find_is_told(daemon):

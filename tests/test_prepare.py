@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import harness
 from harness import ROOT, Client, read, read_bytes, refused, sh, wait_for, write
 
 PRESETS = os.path.join(ROOT, "contrib", "presets")
@@ -81,7 +82,12 @@ def test_defaults_and_what_is_prepared_reach_a_guest_before_it_runs(daemon):
     assert (web.value("LEVEL"), web.value("REGION")) == (b"debug", b"eu")
     assert (plain.value("LEVEL"), plain.value("REGION")) == (b"info", b"eu")
     assert read(web / "config/memory") == "144\n"
-    assert b" -m 144" in b" ".join(read_bytes(f"/proc/{web.qemu()}/cmdline").split(b"\0"))
+    told = {
+        "qemu": lambda: b" -m 144" in read_bytes(f"/proc/{web.qemu()}/cmdline").replace(b"\0", b" "),
+        "firecracker": lambda: '"mem_size_mib":144' in " ".join(one.fake().requests()),
+        "cloud_hypervisor": lambda: f'"size":{144 << 20}' in " ".join(one.fake().requests()),
+    }
+    assert told[harness.BACKEND]()
     assert not os.path.exists(web / "forward")
 
 

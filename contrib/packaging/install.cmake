@@ -7,6 +7,7 @@ install(TARGETS mount.vmsfs RUNTIME DESTINATION ${CMAKE_INSTALL_SBINDIR})
 install(CODE "file(CREATE_LINK mount.vmsfs
   \"\$ENV{DESTDIR}\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_SBINDIR}/mount.fuse.vmsfs\" SYMBOLIC)")
 install(PROGRAMS contrib/guest/tiny DESTINATION ${CMAKE_INSTALL_BINDIR} RENAME vmsfs-guest-tiny)
+install(FILES contrib/guest/vsock_bridge.c DESTINATION ${CMAKE_INSTALL_DATADIR}/vmsfs) # it compiles this for the guest
 
 install(DIRECTORY contrib/presets DESTINATION ${CMAKE_INSTALL_DATADIR}/vmsfs)
 install(FILES README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})

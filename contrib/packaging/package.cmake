@@ -12,8 +12,8 @@ a machine, its environment variables are files, what is written to its file
 exec runs in it, and rmdir destroys it. Shell tools, scripts and configuration
 management drive machines without a client or an SDK.
 .
-It runs machines in QEMU, with KVM where there is one, or attaches those that
-have an SSH server. It can be mounted by any user, from /etc/fstab, or by
+It runs machines in QEMU, with KVM where there is one, in Firecracker or in
+Cloud Hypervisor, or attaches those that have an SSH server. It can be mounted by any user, from /etc/fstab, or by
 systemd.")
 set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
 set(CPACK_STRIP_FILES ON)

@@ -4,7 +4,7 @@
 #include "doctor/internal.h"
 #include "util/cleanup.h"
 #include "vm/image.h"
-#include "vmm/qemu_command.h"
+#include "vmm/host.h"
 #include "vmm/vmm.h"
 
 /* What guests are made of: backend, KVM, images. */
@@ -18,7 +18,7 @@ void doctor_check_backend(struct doctor *d) {
     const struct vmm_ops *backend;
     const char *name = d->settings->config.backend;
     cleanup_free char *why = NULL;
-    if (vmm_find(name, &backend, &why) < 0)
+    if (vmm_find(name, true, &backend, &why) < 0)
         doctor_find(d, "backend", DOCTOR_BROKEN,
                     "install it, or name another with -o backend= (attach is for machines that "
                     "exist already)",
@@ -31,7 +31,7 @@ void doctor_check_kvm(struct doctor *d) {
     static const char virtualize[] = "enable virtualization in the firmware, or nested "
                                      "virtualization where this machine is a guest itself";
     const char *why = "";
-    if (qemu_kvm_is_usable(&why)) {
+    if (host_has_kvm(&why)) {
         doctor_find(d, "kvm", DOCTOR_OK, NULL, "guests run on the CPU itself");
         return;
     }

@@ -14,7 +14,7 @@
 /* The state directory and what belongs to it. */
 
 #define SPACE_LEAST_MIB 64
-#define SOCKET_NAME_MOST 15 /* of `/4294967295.qmp` */
+#define SOCKET_NAME_MOST 22 /* of `/4294967295.sock.vsock` */
 #define SOCKET_PATH_MOST 107
 #define ID_LETTERS "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-"
 
@@ -131,15 +131,25 @@ struct vmm_tally {
     unsigned known;
 };
 
+/* By the program's name, the first word. One in a jail does not name the folder either. */
+static bool line_is_of_vmm(const char *line) {
+    static const char *const programs[] = {"qemu", "firecracker", "cloud-hypervisor"};
+    const char *slash = strrchr(line, '/');
+    const char *program = slash ? slash + 1 : line;
+    for (size_t i = 0; i < sizeof programs / sizeof *programs; i++)
+        if (strncmp(program, programs[i], strlen(programs[i])) == 0)
+            return true;
+    return false;
+}
+
 /* Its VM is named in its command line; the folder of one that a daemon can take over is there. */
 static void vmm_look(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
     struct vmm_tally *tally = arg;
     struct doctor *d = tally->d;
-    const char *program = strrchr(line, '/');
     const char *folder = memmem(line, length, tally->folder->data, tally->folder->len);
     cleanup_buf struct buf vm = {0}, remedy = {0};
     (void)owner;
-    if (!folder || strncmp(program && program < folder ? program + 1 : line, "qemu", 4) != 0)
+    if (!folder || !line_is_of_vmm(line))
         return;
     buf_append(&vm, folder, tally->folder->len + strspn(folder + tally->folder->len, ID_LETTERS));
     if (!vm.failed && access(vm.data, F_OK) == 0) {

@@ -105,6 +105,7 @@ static const struct {
 void options_print_help(void) {
     printf("usage: vmsfs [SOURCE] MOUNTPOINT [-f] [-d] [-o OPTION,…]\n"
            "       vmsfs doctor [--json] [MOUNTPOINT] [-o OPTION,…]\n"
+           "       vmsfs --connect SOCKET PORT   (what ssh_config has for guests with a vsock)\n"
            "\n"
            "Shows virtual machines as directories: mkdir boots one, files in it set its\n"
            "environment variables, run commands and tell how it is. `vmsfs doctor` looks\n"
@@ -119,6 +120,8 @@ void options_print_help(void) {
     printf("\n"
            "The state directory is /var/lib/vmsfs for root, else $XDG_STATE_HOME/vmsfs or\n"
            "~/.local/state/vmsfs. VMSFS_BACKEND is another default for backend=.\n"
+           "VMSFS_KVM=yes or no says whether KVM works here, where the CPU's flags and\n"
+           "/dev/kvm would say otherwise.\n"
            "VMSFS_VERBOSE_BOOT=1 shows the kernel's messages on the console. The log is\n"
            "on stderr in the foreground; else in the system's log, or where there is none\n"
            "in the file log of the state directory.\n"
@@ -129,6 +132,13 @@ void options_print_help(void) {
 static bool option_say_why(const char *option, const char *why) {
     fprintf(stderr, "vmsfs: %s: %s\n", option, why ? why : "out of memory");
     return false;
+}
+
+/* Of this program, for others to start. No realpath(): the folders above need not be open to us. */
+static char *program_path(void) {
+    char path[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path);
+    return n > 0 && n < PATH_MAX ? strndup(path, (size_t)n) : strdup("vmsfs");
 }
 
 /* An absolute path, also of what is not there yet. The daemon runs in /. */
@@ -276,9 +286,10 @@ static bool options_take(struct raw_options *raw, struct settings *s) {
         return false;
     }
     s->runtime_dir = runtime_dir(s->state_dir);
+    s->program = program_path();
     if (raw->count)
         s->mountpoint = absolute_path(raw->arguments[raw->count - 1]);
-    if (!s->runtime_dir || (raw->count && !s->mountpoint)) {
+    if (!s->runtime_dir || !s->program || (raw->count && !s->mountpoint)) {
         fprintf(stderr, "vmsfs: out of memory\n");
         return false;
     }
@@ -473,7 +484,8 @@ bool options_check(const struct options *options, char **ret_backend) {
         (!check_mountpoint(options->settings.mountpoint, options->settings.state_dir) ||
          !check_device()))
         return false;
-    if (vmm_find(config->backend, &backend, &why) < 0)
+    /* A backend that cannot work is said before an image that is not there. */
+    if (vmm_find(config->backend, true, &backend, &why) < 0)
         return option_say_why("-o backend", why);
     *ret_backend = why;
     why = NULL;

@@ -52,6 +52,8 @@ struct transport {
     struct list wires;
     struct buf out; /* packets that libssh2 has made; sent up to out_sent */
     size_t out_sent;
+    char grant[32]; /* what the VMM has said to transport_ask() */
+    size_t grant_length;
     size_t allowance;   /* the gate: bytes that may be read from the socket now */
     uint64_t heard;     /* loop time of the newest byte from the server; 0 before the first */
     bool answered;      /* something has come since this was cleared */
@@ -68,6 +70,10 @@ int transport_init(struct transport *t, uv_loop_t *loop);
 /* Connects the socket, or begins to. The failure of connect() itself is left in t->error, so that
  * it is reported like one that comes later. */
 int transport_connect(struct transport *t, const struct ssh_target *target);
+/* Asks the VMM at the other end for a port of its guest; and whether it is connected: -EAGAIN while
+ * that is not known, -ECONNREFUSED when it has refused. */
+void transport_ask(struct transport *t, unsigned vsock_port);
+int transport_hear(struct transport *t);
 /* Sends what can be sent. */
 void transport_flush(struct transport *t);
 static inline bool transport_has_output(const struct transport *t) {
@@ -82,6 +88,7 @@ const char *transport_error(struct transport *t);
 
 enum session_state {
     SESSION_CONNECTING,
+    SESSION_ASKING, /* a VMM for its guest */
     SESSION_HANDSHAKE,
     SESSION_AUTHENTICATING,
     SESSION_UP,

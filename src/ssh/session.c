@@ -118,6 +118,8 @@ static const char *session_attempt(const struct ssh_session *session) {
     switch (session->state) {
     case SESSION_CONNECTING:
         return "connecting";
+    case SESSION_ASKING:
+        return "asking for the guest";
     case SESSION_HANDSHAKE:
         return session->transport.heard ? "exchanging keys" : "waiting for the SSH server to speak";
     case SESSION_AUTHENTICATING:
@@ -146,6 +148,15 @@ static bool session_check_host_key(struct ssh_session *session) {
     if (session->events.trusted)
         session->events.trusted(session->arg, key, length);
     return true;
+}
+
+static void session_ask(struct ssh_session *session) {
+    int rc = transport_hear(&session->transport);
+    if (rc == 0)
+        session->state = SESSION_HANDSHAKE;
+    else if (rc != -EAGAIN)
+        session_fail(session, -ERR_UNREACHABLE, "the guest does not answer at port %u of its vsock",
+                     session->target.vsock_port);
 }
 
 static void session_handshake(struct ssh_session *session) {
@@ -343,7 +354,9 @@ static void session_on_poll(uv_poll_t *handle, int status, int events) {
         getsockopt(session->transport.fd, SOL_SOCKET, SO_ERROR, &error, &length);
         session->transport.error = error;
         if (!error)
-            session->state = SESSION_HANDSHAKE;
+            session->state = session->target.vsock_port ? SESSION_ASKING : SESSION_HANDSHAKE;
+        if (session->state == SESSION_ASKING)
+            transport_ask(&session->transport, session->target.vsock_port);
     }
     if (status < 0)
         session->uv.poll_events =
@@ -390,6 +403,8 @@ static void session_pump(struct ssh_session *session, bool readable) {
     session->again = false;
     if (session->state == SESSION_CONNECTING && session->transport.error)
         session_fail_transport(session);
+    if (session->state == SESSION_ASKING)
+        session_ask(session);
     if (session->state == SESSION_HANDSHAKE)
         session_handshake(session);
     if (silent && session->transport.heard && session->state != SESSION_DOWN)

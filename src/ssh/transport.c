@@ -184,6 +184,28 @@ int transport_connect(struct transport *t, const struct ssh_target *target) {
     return 0;
 }
 
+void transport_ask(struct transport *t, unsigned vsock_port) {
+    buf_printf(&t->out, "CONNECT %u\n", vsock_port);
+}
+
+/* Its line is read byte by byte: behind it comes what the guest says, which is libssh2's. */
+int transport_hear(struct transport *t) {
+    while (!t->error) {
+        char c;
+        ssize_t n = recv(t->fd, &c, 1, MSG_DONTWAIT);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+            return -EAGAIN;
+        if (n > 0 && c == '\n')
+            return memcmp(t->grant, "OK ", 3) == 0 ? 0 : -ECONNREFUSED;
+        if (n <= 0 || t->grant_length == sizeof t->grant)
+            break;
+        t->grant[t->grant_length++] = c;
+    }
+    return -ECONNREFUSED;
+}
+
 void transport_flush(struct transport *t) {
     while (transport_has_output(t) && !t->mute) {
         ssize_t n = send(t->fd, t->out.data + t->out_sent, t->out.len - t->out_sent,

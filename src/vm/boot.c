@@ -240,11 +240,13 @@ static int boot_find(struct vm_boot *boot) {
     struct vm_boot_result *result = &boot->result;
     const struct vm_config *config = &boot->config;
     char *why = NULL;
-    int r = vmm_find(config->backend, &result->backend, &result->why);
+    int r = 0;
+    if (!vmm_is_for_existing(config->backend))
+        r = image_open(boot->settings, config->image, &result->image, &why);
+    if (r == 0)
+        r = vmm_find(config->backend, result->image.vsock_port, &result->backend, &result->why);
     if (r == 0 && result->backend->existing)
         r = machine_prepare(config, boot->key_path, &result->host_key, &why);
-    else if (r == 0)
-        r = image_open(boot->settings, config->image, &result->image, &why);
     if (r == 0 && !result->backend->existing)
         r = image_check_memory(&result->image, config->image, config->memory, &why);
     if (r == 0 && !result->backend->existing)
@@ -266,10 +268,14 @@ void boot_configure(const struct settings *settings, const struct vm_config *vm,
                    vm->boot_args[0] ? " " : "", vm->boot_args);
     *ret_config = (struct vmm_config){
         .kernel = image->kernel,
+        .kernel_elf = image->kernel_elf,
         .boot_args = boot_args->data,
         .vcpus = vm->vcpus ? vm->vcpus : image->vcpus,
         .memory = vm->memory ? vm->memory : image->memory,
         .cpu_model = vm->cpu_model,
+        .vsock_port = image->vsock_port,
+        .tap = vm->tap,
+        .jail_user = vm->jail_user,
         .address = vm->address,
         .port = vm->port,
     };
@@ -310,6 +316,27 @@ static int boot_identity(struct vm_boot *boot, const struct buf *archive) {
     return 0;
 }
 
+/* What the backend itself has to do before. */
+static void boot_prepare_vmm(struct vm_boot *boot) {
+    struct vm_boot_result *result = &boot->result;
+    cleanup_buf struct buf boot_args = {0};
+    struct vmm_config config;
+    char *why = NULL;
+    boot_configure(boot->settings, &boot->config, &result->image, &boot_args, &config);
+    config.id = boot->id;
+    config.dir = boot->dir;
+    config.initrd = result->initrd;
+    config.disk = result->disk;
+    int r = vmm_check_config(result->backend, &config, &why);
+    if (r == 0 && result->backend->prepare)
+        r = result->backend->prepare(&config, &why);
+    if (r == 0)
+        return;
+    free(result->why);
+    result->why = why;
+    result->status = -ERR_GONE;
+}
+
 static void boot_work(uv_work_t *work) {
     struct vm_boot *boot = work->data;
     cleanup_buf struct buf host_key = {0}, archive = {0};
@@ -317,10 +344,9 @@ static void boot_work(uv_work_t *work) {
         boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
         return;
     boot_find_template(boot);
-    if (boot->result.template.dir)
-        boot_identity(boot, &archive);
-    else
-        boot_initrd(boot, &archive);
+    int r = boot->result.template.dir ? boot_identity(boot, &archive) : boot_initrd(boot, &archive);
+    if (r == 0)
+        boot_prepare_vmm(boot);
     explicit_bzero(host_key.data, host_key.len);
     explicit_bzero(archive.data, archive.len);
 }

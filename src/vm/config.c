@@ -44,6 +44,8 @@ const struct config_setting config_settings[CONFIG_SETTINGS] = {
      .flags = CONFIG_LIVE},
     {CONFIG_FIELD(image), .kind = CONFIG_IMAGE, .least = 1, .most = PATH_MAX - 1,
      .standard = "tiny", .help = "a folder's name, or its path"},
+    {CONFIG_FIELD(jail_user), .kind = CONFIG_USER_NAME, .standard = "", .otherwise = "no jail",
+     .help = "host's user to run Firecracker as, by its jailer"},
     {CONFIG_FIELD(key), .kind = CONFIG_HOST_PATH, .standard = "", .otherwise = "the daemon's own",
      .help = "private key for a machine to attach"},
     {CONFIG_FIELD(lifetime), .kind = CONFIG_SECONDS, .least = 0, .most = 31536000, .standard = "0",
@@ -58,6 +60,8 @@ const struct config_setting config_settings[CONFIG_SETTINGS] = {
      .help = "what commands are run by", .flags = CONFIG_LIVE},
     {CONFIG_FIELD(stop_timeout), .kind = CONFIG_SECONDS, .least = 0, .most = 86400,
      .standard = "10", .help = "time for the guest to power down by itself", .flags = CONFIG_LIVE},
+    {CONFIG_FIELD(tap), .kind = CONFIG_INTERFACE, .standard = "", .otherwise = "none",
+     .help = "tap interface of the host for the guest's network"},
     {CONFIG_FIELD(user), .kind = CONFIG_USER_NAME, .standard = "",
      .otherwise = "what the image says, else root", .help = "whom to log in as"},
     {CONFIG_FIELD(vcpus), .kind = CONFIG_NUMBER, .least = 1, .most = 64, .standard = "",
@@ -211,6 +215,18 @@ static void user_explain(const struct config_setting *s, struct buf *out) {
     buf_append_str(out, "a user's name of letters, digits, _ . and -");
 }
 
+/* As Linux names them (IFNAMSIZ). */
+static bool interface_is_valid(const struct config_setting *s, const char *text,
+                               unsigned *ret_number) {
+    (void)s, (void)ret_number;
+    return strlen(text) <= 15 && text[0] != '-' && text[0] != '.' && text_holds_only(text, "_.-");
+}
+
+static void interface_explain(const struct config_setting *s, struct buf *out) {
+    (void)s;
+    buf_append_str(out, "the name of a network interface of the host");
+}
+
 /* What QEMU takes for a CPU; that it knows it is for QEMU to say. */
 static bool cpu_is_valid(const struct config_setting *s, const char *text, unsigned *ret_number) {
     (void)ret_number;
@@ -239,6 +255,7 @@ static const struct {
     [CONFIG_IMAGE] = {"NAME", false, image_is_valid, image_explain},
     [CONFIG_HOST_NAME] = {"HOST", false, host_is_valid, host_explain},
     [CONFIG_USER_NAME] = {"NAME", false, user_is_valid, user_explain},
+    [CONFIG_INTERFACE] = {"NAME", false, interface_is_valid, interface_explain},
     [CONFIG_CPU_MODEL] = {"MODEL", false, cpu_is_valid, cpu_explain},
 };
 

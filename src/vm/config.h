@@ -31,6 +31,8 @@ struct vm_config {
     unsigned idle_timeout; /* s, without anybody asking for anything; 0: no end */
     char *warm;            /* "off": it boots cold, whatever templates there are */
     char *user;            /* whom to log in as; empty: what the image says, else root */
+    char *tap;             /* network interface of the host for the guest's; empty: none */
+    char *jail_user;       /* of the host, to run the VMM as, in a jail; empty: no jail */
     /* Of an existing machine. */
     char *address;  /* host name or IP address */
     unsigned port;  /* of its SSH server */
@@ -46,7 +48,8 @@ enum config_kind {
     CONFIG_CHOICE,    /* one of a few words */
     CONFIG_PATH,      /* absolute, of a file in the guest */
     CONFIG_HOST_PATH, /* absolute, of a file on the host */
-    CONFIG_USER_NAME, /* of a user in the guest */
+    CONFIG_USER_NAME, /* of a user */
+    CONFIG_INTERFACE, /* of the host's network */
     CONFIG_CPU_MODEL, /* with features behind commas */
     CONFIG_HOST_NAME, /* or an address */
     CONFIG_IMAGE,     /* a folder's name, or its absolute path */
@@ -71,7 +74,7 @@ struct config_setting {
     unsigned flags;             /* of CONFIG_LIVE, … */
 };
 
-#define CONFIG_SETTINGS 20
+#define CONFIG_SETTINGS 22
 extern const struct config_setting config_settings[CONFIG_SETTINGS]; /* sorted by name */
 
 /* NULL: there is no such setting. */

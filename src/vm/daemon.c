@@ -376,6 +376,7 @@ void daemon_free(struct daemon *d) {
     free(d->settings.mountpoint);
     free(d->settings.state_dir);
     free(d->settings.runtime_dir);
+    free(d->settings.program);
     free(d->settings.images_dir);
     config_free(&d->settings.config);
 }

@@ -20,6 +20,7 @@ struct warm;
  */
 struct settings {
     char *mountpoint;         /* absolute */
+    char *program;            /* absolute: this program, for ssh_config */
     char *state_dir;          /* absolute, 0700 */
     char *runtime_dir;        /* absolute, 0700: sockets */
     char *images_dir;         /* `-o images=`; NULL: the default search path alone */

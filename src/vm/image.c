@@ -29,6 +29,7 @@ void image_search_path(const struct settings *settings, struct buf *out) {
 void image_close(struct image *image) {
     free(image->path);
     free(image->kernel);
+    free(image->kernel_elf);
     free(image->initrd);
     free(image->disk_initrd);
     free(image->boot_args);
@@ -113,6 +114,15 @@ static int image_warm(struct image *image, const json_t *json) {
     return image_text(json, "warm_boot_args", "", &image->warm_boot_args);
 }
 
+/* Both fields may be missing. */
+static int image_vsock(struct image *image, const json_t *json) {
+    if (image_number(json, "vsock", UINT_MAX - 1, &image->vsock_port) < 0)
+        return -ERR_INVALID;
+    return json_object_get(json, "kernel_elf")
+               ? image_file(image, json, "kernel_elf", &image->kernel_elf)
+               : 0;
+}
+
 static int image_parse(struct image *image, const json_t *json, const char **ret_field) {
     const char *inject = json_string_value(json_object_get(json, "inject"));
     const char *os = json_string_value(json_object_get(json, "os"));
@@ -130,6 +140,9 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
         return -ERR_INVALID;
     *ret_field = "warm (must be \"port\") or warm_boot_args";
     if (image_warm(image, json) < 0)
+        return -ERR_INVALID;
+    *ret_field = "vsock (a port number) or kernel_elf";
+    if (image_vsock(image, json) < 0)
         return -ERR_INVALID;
     if (image_file(image, json, *ret_field = "kernel", &image->kernel) < 0 ||
         image_file(image, json, *ret_field = "initrd", &image->initrd) < 0 ||

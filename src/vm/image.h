@@ -7,10 +7,13 @@
  *
  *     {"os": "linux", "kernel": "vmlinuz", "initrd": "initrd.img", "boot_args": "…", "inject":
  * "cpio", "user": "root", "vcpus": 1, "memory": 128, "memory_min": 80, "ready": "…", "disk":
- * "overlay", "disk_initrd": "disk.img"}
+ * "overlay", "disk_initrd": "disk.img", "kernel_elf": "vmlinux", "vsock": 22}
  *
  * "inject": "cpio": the guest is an initramfs, and what is particular to a VM is a second cpio
  * archive.
+ *
+ * "vsock": the guest serves SSH at this port of its vsock, if it has one. "kernel_elf": what VMMs
+ * boot that want no bzImage; it has to have an entry for PVH.
  *
  * "disk": "overlay": if there is a disk, the guest keeps on it what is written under `/`. The
  * initramfs has "disk_initrd" behind it then.
@@ -21,6 +24,8 @@
 struct image {
     char *path;            /* of the folder, absolute */
     char *kernel, *initrd; /* absolute */
+    char *kernel_elf;      /* the same kernel as an ELF file, absolute; NULL: none */
+    unsigned vsock_port;   /* where its SSH server is reached by vsock; 0: nowhere */
     bool disk;             /* it makes use of one */
     char *disk_initrd;     /* absolute; NULL: none */
     char *boot_args;

@@ -1,6 +1,5 @@
 #include "vm/vm.h"
 
-#include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -193,6 +192,7 @@ bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
     *ret_target = (struct ssh_target){
         .address = endpoint.address,
         .address_length = endpoint.length,
+        .vsock_port = endpoint.vsock_port,
         .user = vm->user,
         .key_path = machine_key_path(vm),
         .host_key = (const uint8_t *)(vm->host_key.data ? vm->host_key.data : ""),
@@ -279,7 +279,8 @@ static void vm_vmm_ready(void *arg) {
     struct vm *vm = arg;
     vm_save(vm);
     if (vm->state == VM_PAUSED) { /* so an earlier daemon has left it, or was about to */
-        vm->vmm->ops->pause(vm->vmm, true, NULL);
+        if (!vm->pausing)         /* else it has been asked to go on already */
+            vm->vmm->ops->pause(vm->vmm, true, NULL);
         return;
     }
     if (vm->attached && vm->vmm->ops->pause)
@@ -389,7 +390,7 @@ static int vm_create_vmm(struct vm *vm, const struct vm_boot_result *result) {
     const struct settings *settings = &vm->daemon->settings;
     cleanup_buf struct buf socket = {0}, boot_args = {0};
     struct vmm_config config;
-    buf_printf(&socket, "%s/%llu.qmp", settings->runtime_dir, (unsigned long long)vm->number);
+    buf_printf(&socket, "%s/%llu.sock", settings->runtime_dir, (unsigned long long)vm->number);
     boot_configure(settings, &vm->config, &result->image, &boot_args, &config);
     config.id = vm->id;
     config.dir = vm->dir;
@@ -500,26 +501,4 @@ json_t *vm_info(const struct vm *vm) {
                         json_pack("{s:i, s:s, s:I}", "pid", getpid(), "version", VMSFS_VERSION,
                                   "requests", (json_int_t)vm->daemon->requests));
     return info;
-}
-
-bool vm_ssh_config(const struct vm *vm, struct buf *out) {
-    struct ssh_target target;
-    char host[NI_MAXHOST], port[NI_MAXSERV];
-    if (!vm_target(vm, &target) || !target.host_key_length ||
-        getnameinfo((const struct sockaddr *)&target.address, target.address_length, host,
-                    sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) != 0)
-        return false;
-    buf_printf(out,
-               "Host %s\n"
-               "    HostName %s\n"
-               "    Port %s\n"
-               "    User %s\n"
-               "    HostKeyAlias %s\n"
-               "    IdentityFile \"%s\"\n"
-               "    IdentitiesOnly yes\n"
-               "    UserKnownHostsFile \"%s/known_hosts\"\n"
-               "    StrictHostKeyChecking yes\n"
-               "    LogLevel ERROR\n",
-               vm->id, host, port, vm->user, vm->id, target.key_path, vm->dir);
-    return !out->failed;
 }

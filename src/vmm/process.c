@@ -133,7 +133,7 @@ static void process_kill_stray(void *arg, pid_t pid, uid_t owner, const char *li
     const char *text = strays->text;
     char path[64], again[16384];
     (void)line, (void)length;
-    if (owner != geteuid())
+    if (owner != geteuid() && geteuid() != 0) /* root has some run as others */
         return;
     /* The number may be another's by now: it is looked at again with a hold on it. */
     cleanup_close int pidfd = pidfd_open(pid, 0);
@@ -193,8 +193,8 @@ static int process_hand_down(posix_spawn_file_actions_t *actions, const int *cop
 
 /* posix_spawn and not uv_spawn: it closes every other descriptor, those too that this daemon was
  * started with, and the end is told by the pidfd for children and adopted processes alike. */
-static int process_start_with(const struct process_options *o, const int *copies, int log,
-                              pid_t *ret_pid) {
+static int process_start_with(const struct process_options *o, const int *copies, int output,
+                              int log, pid_t *ret_pid) {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t none, all;
@@ -213,7 +213,7 @@ static int process_start_with(const struct process_options *o, const int *copies
         (error = posix_spawnattr_setsigmask(&attributes, &none)) ||
         (error = posix_spawnattr_setsigdefault(&attributes, &all)) ||
         (error = posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)) ||
-        (error = posix_spawn_file_actions_adddup2(&actions, log, 1)) ||
+        (error = posix_spawn_file_actions_adddup2(&actions, output, 1)) ||
         (error = posix_spawn_file_actions_adddup2(&actions, log, 2)) ||
         (error = process_hand_down(&actions, copies)) ||
         (error = posix_spawn_file_actions_addchdir_np(&actions, "/")) ||
@@ -224,7 +224,7 @@ static int process_start_with(const struct process_options *o, const int *copies
     return -error;
 }
 
-static int process_start(const struct process_options *o, int log, pid_t *ret_pid) {
+static int process_start(const struct process_options *o, int output, int log, pid_t *ret_pid) {
     int copies[PROCESS_FDS], status = 0;
     for (int i = 0; i < PROCESS_FDS; i++) {
         copies[i] =
@@ -233,21 +233,26 @@ static int process_start(const struct process_options *o, int log, pid_t *ret_pi
             status = -errno;
     }
     if (status == 0)
-        status = process_start_with(o, copies, log, ret_pid);
+        status = process_start_with(o, copies, output, log, ret_pid);
     for (int i = 0; i < PROCESS_FDS; i++)
         if (copies[i] >= 0)
             close(copies[i]);
     return status;
 }
 
+/* O_APPEND: whoever truncates a log that has grown too long gets no hole of NULs before it. */
+static int log_open(const char *path) {
+    return open(path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_NOFOLLOW | O_CLOEXEC, 0600);
+}
+
 int process_spawn(uv_loop_t *loop, const struct process_options *options, process_exited *exited,
                   void *arg, struct process **ret_process) {
-    cleanup_close int log =
-        open(options->log, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (log < 0)
+    cleanup_close int log = log_open(options->log);
+    cleanup_close int output = options->output ? log_open(options->output) : -1;
+    if (log < 0 || (options->output && output < 0))
         return -errno;
     pid_t pid;
-    int status = process_start(options, log, &pid);
+    int status = process_start(options, output < 0 ? log : output, log, &pid);
     if (status < 0)
         return status;
     /* Nobody else waits for the child, so its number stays its own. Threads inherit the policy. */
@@ -363,7 +368,7 @@ int process_run(const char *program, char *const *argv, unsigned timeout_ms, str
         return -errno;
     cleanup_close int from = fds[0];
     pid_t pid;
-    int status = process_start(&options, fds[1], &pid);
+    int status = process_start(&options, fds[1], fds[1], &pid);
     close(fds[1]);
     if (status < 0)
         return status;

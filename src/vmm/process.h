@@ -25,6 +25,7 @@ struct process_options {
     char *const *argv;    /* NULL-terminated */
     char *const *env;     /* NULL-terminated; the daemon's own is not handed down */
     const char *log;      /* stdout and stderr go here; emptied first */
+    const char *output;   /* NULL, or stdout goes here, likewise */
     int fds[PROCESS_FDS]; /* become descriptors PROCESS_FD, …, the only ones above 2; -1: none */
     bool idle;            /* it runs when nobody else wants the CPU */
 };
@@ -50,8 +51,8 @@ void process_kill(struct process *process);
 typedef void process_visit(void *arg, pid_t pid, uid_t owner, const char *line, size_t length);
 void process_each(const char *text, process_visit *visit, void *arg);
 
-/* SIGKILL for every process of this user whose command line holds the text: what no record tells
- * of. Looks through /proc. Returns how many there were. */
+/* SIGKILL for every process of this user (of root: of any) whose command line holds the text: what
+ * no record tells of. Looks through /proc. Returns how many there were. */
 unsigned process_kill_strays(const char *text);
 
 /* Stops watching; the process goes on. No callback comes after this. NULL is allowed. */

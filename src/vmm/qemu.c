@@ -18,6 +18,7 @@
 #include "util/errors.h"
 #include "util/list.h"
 #include "util/log.h"
+#include "vmm/host.h"
 #include "vmm/process.h"
 #include "vmm/qemu_command.h"
 #include "vmm/qmp.h"
@@ -336,12 +337,6 @@ static void qemu_pause(struct vmm *vmm, bool paused,
 
 /* ---- create and adopt ---- */
 
-static char *path_join(const char *folder, const char *name) {
-    cleanup_buf struct buf path = {0};
-    buf_printf(&path, "%s/%s", folder, name);
-    return buf_steal(&path, NULL);
-}
-
 static int qemu_new(uv_loop_t *loop, const struct vmm_config *config, const char *socket,
                     const struct vmm_events *events, void *arg, struct qemu **ret_qemu) {
     struct qemu *q = calloc(1, sizeof *q);
@@ -354,7 +349,7 @@ static int qemu_new(uv_loop_t *loop, const struct vmm_config *config, const char
         .arg = arg,
         .handles = 2,
         .socket = strdup(socket),
-        .log = path_join(config->dir, "vmm.log"),
+        .log = host_join(config->dir, "vmm.log"),
     };
     uv_timer_init(loop, &q->deadline); /* these cannot fail */
     uv_timer_init(loop, &q->retry);
@@ -422,7 +417,7 @@ static int qemu_restore(struct qemu *q) {
 static int qemu_spawn(struct qemu *q, const struct vmm_config *config, int listener) {
     cleanup_qemu_command struct qemu_command argv = {0}, env = {0};
     cleanup_free char *program = NULL;
-    cleanup_free char *serial = path_join(config->dir, "serial.log");
+    cleanup_free char *serial = host_join(config->dir, "serial.log");
     int status = serial ? qemu_program_find(&program) : -ENOMEM;
     if (status < 0)
         return status;
@@ -454,7 +449,7 @@ static int qemu_create(uv_loop_t *loop, const struct vmm_config *config,
     int status = qemu_new(loop, config, config->socket, events, arg, &q);
     if (status < 0)
         return status;
-    q->kvm = qemu_kvm_is_usable(NULL);
+    q->kvm = host_has_kvm(NULL);
     cleanup_close int listener = qemu_listen(q->socket);
     if (listener < 0) {
         qemu_release(&q->vmm);
@@ -506,7 +501,7 @@ static int qemu_adopt(uv_loop_t *loop, const struct vmm_config *config, const js
 }
 
 static unsigned qemu_end_strays(const char *dir) {
-    cleanup_free char *serial = path_join(dir, "serial.log");
+    cleanup_free char *serial = host_join(dir, "serial.log");
     cleanup_buf struct buf option = {0};
     if (serial)
         qemu_command_print_path(&option, "path=", serial, ",append=on");
@@ -573,7 +568,7 @@ static int qemu_check(char **ret_why) {
             status = -ERR_UNSUPPORTED;
         } else {
             version += sizeof before - 1;
-            bool kvm = qemu_kvm_is_usable(&no_kvm);
+            bool kvm = host_has_kvm(&no_kvm);
             buf_printf(&why, "QEMU %.*s %s KVM%s%s%s", (int)strcspn(version, " \r\n("), version,
                        kvm ? "with" : "without", kvm ? "" : " (", kvm ? "" : no_kvm,
                        kvm ? "" : "): guests are emulated");
@@ -585,6 +580,7 @@ static int qemu_check(char **ret_why) {
 
 const struct vmm_ops qemu_ops = {
     .name = "qemu",
+    .traits = VMM_CPU_MODEL,
     .templates = &qemu_template_ops,
     .check = qemu_check,
     .create = qemu_create,

@@ -11,6 +11,7 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/log.h"
+#include "vmm/host.h"
 
 #define QEMU_PROGRAM "qemu-system-x86_64"
 
@@ -82,80 +83,9 @@ static void command_add_path(struct qemu_command *c, const char *prefix, const c
     command_add_owned(c, buf_steal(&text, NULL));
 }
 
-/* Sets *ret_path to folder/name if that can be executed. */
-static int program_try(const char *folder, size_t length, const char *name, char **ret_path) {
-    cleanup_buf struct buf path = {0};
-    /* Relative entries of PATH mean nothing to a daemon that runs in `/`. */
-    if (!length || folder[0] != '/')
-        return -ENOENT;
-    buf_append(&path, folder, length);
-    buf_printf(&path, "/%s", name);
-    if (path.failed)
-        return path.failed;
-    if (access(path.data, X_OK) < 0)
-        return -ENOENT;
-    *ret_path = buf_steal(&path, NULL);
-    return 0;
-}
-
 int qemu_program_find(char **ret_path) {
-    static const char *const others[][2] = {
-        {"/usr/bin", QEMU_PROGRAM},
-        {"/usr/local/bin", QEMU_PROGRAM},
-        {"/usr/libexec", "qemu-kvm"}, /* Red Hat */
-    };
-    const char *entry = getenv("PATH");
-    while (entry && *entry) {
-        size_t length = strcspn(entry, ":");
-        int status = program_try(entry, length, QEMU_PROGRAM, ret_path);
-        if (status != -ENOENT)
-            return status;
-        entry += length + (entry[length] == ':');
-    }
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
-        int status = program_try(others[i][0], strlen(others[i][0]), others[i][1], ret_path);
-        if (status != -ENOENT)
-            return status;
-    }
-    return -ENOENT;
-}
-
-/* Whether the first "flags" line of /proc/cpuinfo has vmx (Intel) or svm (AMD). */
-static bool cpu_has_virtualization(void) {
-    FILE *file = fopen("/proc/cpuinfo", "re");
-    if (!file)
-        return false;
-    cleanup_free char *line = NULL;
-    size_t size = 0;
-    bool found = false;
-    while (getline(&line, &size, file) >= 0) {
-        if (strncmp(line, "flags", 5) != 0)
-            continue;
-        char *rest = NULL;
-        for (char *flag = strtok_r(line, " \t\n", &rest); flag && !found;
-             flag = strtok_r(NULL, " \t\n", &rest))
-            found = strcmp(flag, "vmx") == 0 || strcmp(flag, "svm") == 0;
-        break;
-    }
-    fclose(file);
-    return found;
-}
-
-bool qemu_kvm_is_usable(const char **ret_why) {
-    /* The flag first: /dev/kvm has been seen to open, and then to boot no stock kernel. */
-    const char *why = NULL;
-    if (!cpu_has_virtualization()) {
-        why = "the CPU shows neither vmx nor svm";
-    } else {
-        cleanup_close int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-        if (fd < 0)
-            why = errno == EACCES   ? "/dev/kvm: permission denied, join the group kvm"
-                  : errno == ENOENT ? "there is no /dev/kvm, load the module kvm_intel or kvm_amd"
-                                    : "/dev/kvm cannot be opened";
-    }
-    if (why && ret_why)
-        *ret_why = why;
-    return !why;
+    int status = host_find_program(QEMU_PROGRAM, ret_path);
+    return status == -ENOENT ? host_find_program("qemu-kvm", ret_path) : status; /* Red Hat */
 }
 
 /* The template writes to the file of its memory; who starts from it copies the pages that he

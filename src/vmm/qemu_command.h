@@ -28,9 +28,6 @@ void qemu_command_add_words(struct qemu_command *command, ...) __attribute__((se
  * frees it. */
 int qemu_program_find(char **ret_path);
 
-/* Whether KVM can be expected to work. If not, *ret_why (if not NULL) says in a few words why. */
-bool qemu_kvm_is_usable(const char **ret_why);
-
 /* The arguments for one boot. `qmp_fd` is the number that the listening QMP socket has in QEMU,
  * `serial_log` an absolute path. */
 int qemu_command_build(struct qemu_command *command, const struct vmm_config *config,

@@ -13,6 +13,7 @@
 
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "vmm/host.h"
 #include "vmm/process.h"
 #include "vmm/qemu_command.h"
 #include "vmm/qmp.h"
@@ -193,7 +194,7 @@ static int template_spawn(struct vmm_template *t, const struct vmm_config *confi
         return ram < 0 ? -errno : -ENOMEM;
     /* It ends with the daemon, however that ends: nobody would adopt it. */
     qemu_command_add_words(&argv, wrapper, "--pdeathsig", "KILL", "--", NULL);
-    if ((status = qemu_command_build(&argv, config, program, qemu_kvm_is_usable(NULL), PROCESS_FD,
+    if ((status = qemu_command_build(&argv, config, program, host_has_kvm(NULL), PROCESS_FD,
                                      serial)) < 0 ||
         (status = qemu_command_build_env(&env, config->dir)) < 0)
         return status;
@@ -267,7 +268,7 @@ static int qemu_template_fingerprint(const struct vmm_config *config, struct buf
     struct vmm_config neutral = *config;
     struct utsname host;
     struct stat st;
-    bool kvm = qemu_kvm_is_usable(NULL);
+    bool kvm = host_has_kvm(NULL);
     neutral.id = "template";
     neutral.ram = "ram";
     neutral.identity = NULL;

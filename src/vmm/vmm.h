@@ -18,17 +18,21 @@ struct vmm;
 
 /* What to boot. Borrowed for the call of create(). Paths are absolute. */
 struct vmm_config {
-    const char *id;        /* the VM's name */
-    const char *dir;       /* the VM's private folder (0700): `serial.log`, `vmm.log` go here */
-    const char *socket;    /* path for the VMM's control socket, 107 bytes at most; owned by the VMM
-                              instance, which unlinks it at the end */
-    const char *kernel;    /* Linux image */
-    const char *initrd;    /* NULL: none */
-    const char *boot_args; /* kernel command line */
+    const char *id;     /* the VM's name */
+    const char *dir;    /* the VM's private folder (0700): `serial.log`, `vmm.log` go here */
+    const char *socket; /* path for the VMM's control socket, 107 bytes at most; owned by the VMM
+                           instance, which unlinks it at the end */
+    const char *kernel; /* Linux image (bzImage) */
+    const char *kernel_elf; /* the same kernel as an ELF file, with an entry for PVH; NULL: none */
+    const char *initrd;     /* NULL: none */
+    const char *boot_args;  /* kernel command line */
     unsigned vcpus;
     unsigned memory;       /* MiB */
     const char *disk;      /* a file with the bytes of the guest's disk (raw); NULL: none */
     const char *cpu_model; /* in the backend's words; empty or NULL: its choice */
+    unsigned vsock_port;   /* at which the guest serves SSH; 0: it does not use vsock */
+    const char *tap;       /* network interface of the host for the guest's; empty or NULL: none */
+    const char *jail_user; /* user to run the VMM as, in a jail; empty or NULL: no jail */
     /* Of a template and of a start from one (struct vmm_template_ops); NULL: neither. */
     const char *ram;          /* file with the guest's memory */
     const char *device_state; /* file with everything else that the machine is */
@@ -56,6 +60,15 @@ struct vmm_events {
 struct vmm_endpoint {
     struct sockaddr_storage address;
     socklen_t length;
+    unsigned vsock_port; /* not 0: the address is a VMM's UNIX socket, to be asked for this port */
+};
+
+/* What a backend can, and what it asks for, beyond what all do. */
+enum {
+    VMM_VSOCK = 1 << 0,     /* the guest has to be reached by vsock */
+    VMM_TAP = 1 << 1,       /* can use vmm_config.tap */
+    VMM_JAIL = 1 << 2,      /* and .jail_user */
+    VMM_CPU_MODEL = 1 << 3, /* and .cpu_model */
 };
 
 /* Warm starts. A template is a machine that has booted as far as it can without being anybody's; it
@@ -83,6 +96,7 @@ struct vmm_ops {
     const char *name; /* as in `config/backend` */
     bool existing;    /* the machine is there already: it is not booted but attached, from no image
                          and with nothing put into it; stop() leaves it running */
+    unsigned traits;  /* of VMM_VSOCK, … */
 
     const struct vmm_template_ops *templates; /* NULL: every start is a cold one */
 
@@ -91,6 +105,10 @@ struct vmm_ops {
      * found, such as "QEMU 7.2 without KVM"). Blocks: called before anything is mounted and in the
      * thread pool, once at a time. */
     int (*check)(char **ret_why);
+
+    /* What has to be done before create() and takes its time: called in the thread pool. On error
+     * *ret_why is a sentence (the caller frees it). May be NULL. */
+    int (*prepare)(const struct vmm_config *config, char **ret_why);
 
     /* Spawns the VMM for a new boot of the guest. Errors that are known at once come back as
      * -errno. */
@@ -143,10 +161,14 @@ struct vmm {
     const struct vmm_ops *ops;
 };
 
-/* The backend called `name`; "auto" is the first that works here. -EINVAL for a name that is none,
- * -EOPNOTSUPP for one that does not work here. *ret_why as in check(). From any thread; may start
- * programs and wait for them. */
-int vmm_find(const char *name, const struct vmm_ops **ret_ops, char **ret_why);
+/* The backend called `name`; "auto" is the first that works here, and can do with a guest that has
+ * no vsock if this one has none. -EINVAL for a name that is none, -EOPNOTSUPP for one that does not
+ * work here. *ret_why as in check(), for "auto" also why the ones before it are not taken. From any
+ * thread; may start programs and wait for them. */
+int vmm_find(const char *name, bool vsock, const struct vmm_ops **ret_ops, char **ret_why);
+
+/* Can this backend boot this? -EOPNOTSUPP with a sentence that names the setting. */
+int vmm_check_config(const struct vmm_ops *ops, const struct vmm_config *config, char **ret_why);
 
 /* end_strays() of all backends. Returns how many were ended. */
 unsigned vmm_end_strays(const char *dir);

@@ -112,6 +112,16 @@ static void a_cpu_model_is_one_word_of_qemu(void) {
     CHECK(set("cpu_model", "") == 1);
 }
 
+static void an_interface_has_a_name_that_linux_takes(void) {
+    CHECK(set("tap", "vm-tap0.1_2") == 1 && reads("tap", "vm-tap0.1_2"));
+    CHECK(set("tap", "fifteen-letters") == 1);
+    static const char *const bad[] = {"sixteen-letters-", "a/b", "-a", ".", "a b", "\"", "tün"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        REFUSES("tap", bad[i], "a network interface", "its default is none");
+    CHECK(set("tap", "") == 1);
+    REFUSES("jail_user", "a b", "a user's name", "its default is no jail");
+}
+
 static void blanks_around_a_value_are_dropped(void) {
     CHECK(set("vcpus", "  2 \t\n") == 1 && config.vcpus == 2);
     CHECK(set("vcpus", "2\r\n") == 0);
@@ -127,7 +137,8 @@ static void words_are_chosen_from_a_list(void) {
     REFUSES("shell", "Raw", "login, raw", "its default is login");
     CHECK(set("shell", "") == 1 && reads("shell", "login"));
     CHECK(set("backend", "qemu") == 1);
-    REFUSES("backend", "bochs", "auto, qemu, attach", "not \"bochs\"", "its default is auto");
+    REFUSES("backend", "bochs", "auto, firecracker, cloud_hypervisor, qemu, attach",
+            "not \"bochs\"", "its default is auto");
     CHECK(set("backend", "") == 1);
 }
 
@@ -245,6 +256,7 @@ int main(void) {
     sizes_have_units();
     a_disk_may_be_none();
     a_cpu_model_is_one_word_of_qemu();
+    an_interface_has_a_name_that_linux_takes();
     blanks_around_a_value_are_dropped();
     words_are_chosen_from_a_list();
     paths_are_absolute();

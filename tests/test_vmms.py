@@ -1,0 +1,590 @@
+"""Firecracker and Cloud Hypervisor: what is told to them, what they may answer, and what is left of it. By fakes that check
+every request against the published specification (fakes/vmm.py); the other tests run on them with VMSFS_TEST_BACKEND."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+
+import pytest
+
+import harness
+from harness import (
+    IMAGES,
+    PROGRAMS,
+    Client,
+    pid_alive,
+    read,
+    refused,
+    runtime_dir,
+    takes_at_most,
+    wait_for,
+    write,
+)
+
+BACKENDS = list(PROGRAMS)
+START = 10  # s that the daemon gives a VMM for its start
+# In the order in which they come; a disk and a tap only if there is one.
+BOOT = {
+    "firecracker": ["GET /", "PUT /machine-config", "PUT /boot-source", "PUT /vsock", "PUT /entropy", "PUT /actions InstanceStart"],
+    "cloud_hypervisor": ["GET /vmm.ping", "PUT /vm.create", "PUT /vm.boot"],
+}
+TITLES = {"firecracker": "Firecracker", "cloud_hypervisor": "Cloud Hypervisor"}
+PAUSE = {"firecracker": "PATCH /vm", "cloud_hypervisor": "PUT /vm.pause"}
+RESUME = {"firecracker": "PATCH /vm", "cloud_hypervisor": "PUT /vm.resume"}
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_request = pytest.mark.parametrize("backend, request_", [(b, r) for b in BACKENDS for r in BOOT[b]])
+
+
+@pytest.fixture
+def host(daemon):
+    """A daemon with these fakes, and with VMs in the first of them."""
+
+    def make(*backends, options="", **kwargs):
+        kwargs.setdefault("env", {"VMSFS_BACKEND": backends[0]})
+        return daemon(options, fakes=backends, **kwargs)
+
+    return make
+
+
+def fake_of(guest, backend):
+    return guest.daemon.fakes[backend]
+
+
+def fails_to_boot(one, name="x", seconds=START + 5):
+    """Makes a VM that will not boot, and returns its words. Nothing may be left but its folder."""
+    guest = one.guest(name)
+    os.mkdir(guest.path)
+    if guest.status() == "booting":
+        with refused("ENODEV"), takes_at_most(seconds, "the failure"):
+            write(guest / "status", "running")
+    assert guest.status() == "failed"
+    wait_for(lambda: not one.qemus(), "the VMM is gone")
+    wait_for(lambda: sockets(one) == [], "its sockets are gone")
+    error = guest.error()
+    os.rmdir(guest.path)
+    wait_for(lambda: one.remains() == [], "nothing is left")
+    return error
+
+
+def sockets(one):
+    with contextlib.suppress(FileNotFoundError):
+        return os.listdir(runtime_dir(one.state))
+    return []
+
+
+def test_the_requests_of_a_boot_and_their_order(host):
+    for backend in BACKENDS:
+        one = host(backend)
+        guest = one.boot("box")
+        lines = [line.split(" ", 2) for line in one.fake().requests()]
+        calls = [f"{method} {path.removeprefix('/api/v1')}" for method, path, _ in lines]
+        while calls[1] == calls[0]:
+            del calls[0]
+        assert calls == [call.removesuffix(" InstanceStart") for call in BOOT[backend]]
+        assert guest.exec("echo hello from $(hostname)") == b"hello from box\n"
+
+
+@each_backend
+def test_what_a_machine_is_told_is_what_is_configured(host, backend):
+    one = host(backend, options="vcpus=2,memory=192,disk=32,boot_args=loglevel=7")
+    guest = one.boot("box")
+    told = " ".join(one.fake().requests())
+    wanted = {
+        "firecracker": ['"vcpu_count":2', '"mem_size_mib":192', '"is_root_device":false', '"cache_type":"Writeback"'],
+        "cloud_hypervisor": ['"boot_vcpus":2', f'"size":{192 << 20}', '"image_type":"Raw"'],
+    }[backend]
+    for text in [*wanted, "loglevel=7", f"{one.state}/vms/box/disk.img", f"{IMAGES}/tiny/vmlinux"]:
+        assert text in told
+    info = guest.info()
+    assert info["backend"] == backend and info["accelerator"] == "kvm" and pid_alive(info["pid"])
+
+
+@each_request
+@pytest.mark.parametrize("fault", ["400", "text", "die", "garbage", "half", "flood"])
+def test_a_boot_that_goes_wrong_says_how_and_leaves_nothing(host, backend, request_, fault):
+    one = host(backend)
+    one.fake().do_wrong(**{request_: fault})
+    error = fails_to_boot(one)
+    if fault == "die":
+        assert "fake: it dies in the middle" in error and "exit status 1" in error
+        return
+    name = request_.removesuffix(" InstanceStart").replace(" /v", " /api/v1/v" if backend == "cloud_hypervisor" else " /v")
+    assert name in error and TITLES[backend] in error
+    assert {
+        "400": "status 400: ", "text": "status 500: plain words about what is wrong", "garbage": "no HTTP", "half": "closed before",
+        "flood": "has more than 1048576 bytes",
+    }[fault] in error  # fmt: skip
+    assert "\x1b" not in error
+    if fault == "400":
+        assert "the fake was told to refuse: as it was asked to" in error
+
+
+@each_backend
+@pytest.mark.parametrize("what", ["no answer", "no socket"])
+def test_a_vmm_that_hangs_at_its_start_is_ended_in_time(host, backend, what):
+    one = host(backend)
+    request_ = BOOT[backend][2]
+    one.fake().do_wrong(**({request_: "hang"} if what == "no answer" else {"start": "hang"}))
+    with takes_at_most(START + 3, "the failure"):
+        error = fails_to_boot(one)
+    assert ("no answer within" if what == "no answer" else "nobody listens on") in error
+
+
+@each_backend
+def test_a_vmm_that_cannot_start_is_quoted(host, backend):
+    one = host(backend)
+    one.fake().do_wrong(start="die")
+    with takes_at_most(3, "the failure"):
+        assert "fake: it cannot start today" in fails_to_boot(one)
+
+
+@each_backend
+@pytest.mark.parametrize("faults", [{"start": "late"}, "slow", {"vsock": "slow"}], ids=["late", "slow", "slow vsock"])
+def test_slowness_is_no_failure(host, backend, faults):
+    one = host(backend)
+    one.fake().do_wrong(**({request_: "slow" for request_ in BOOT[backend]} if faults == "slow" else faults))
+    assert one.boot("box").exec("echo $((6 * 7))") == b"42\n"
+
+
+@each_backend
+@pytest.mark.parametrize("fault", ["refuse", "garbage", "hang"])
+def test_a_guest_that_is_not_there_yet_is_tried_again(host, backend, fault):
+    one = host(backend)
+    one.fake().do_wrong(vsock=fault)
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    wait_for(lambda: guest.info().get("vsock_port"), "the VMM runs")
+    with Client(["sh", "-c", 'echo running > "$1"', "sh", guest / "status"]) as client:
+        client.waits()
+        assert guest.status() == "booting"
+        one.fake().do_wrong()
+        assert client.result(10)[0] == 0
+
+
+@each_backend
+def test_a_guest_that_never_answers_fails_with_words_about_the_vsock(host, backend):
+    one = host(backend, boot_timeout=2)
+    one.fake().do_wrong(vsock="refuse")
+    assert "could not be reached by SSH within 2 s" in fails_to_boot(one)
+
+
+@each_backend
+def test_pausing_that_is_refused_or_not_answered(host, backend):
+    one = host(backend)
+    guest = one.boot("box")
+    one.fake().do_wrong(**{PAUSE[backend]: "400"})
+    with refused("EIO"):
+        write(guest / "status", "paused")
+    assert guest.status() == "running" and "the fake was told to refuse" in guest.error()
+    one.fake().do_wrong(**{PAUSE[backend]: "hang"})
+    with refused("ETIMEDOUT"), takes_at_most(7, "the failure"):
+        write(guest / "status", "paused")
+    assert guest.status() == "running" and "no answer within 5000 ms" in guest.error()
+    one.fake().do_wrong()
+    write(guest / "status", "paused")
+    one.fake().do_wrong(**{RESUME[backend]: "text"})
+    with refused("EIO"):
+        write(guest / "status", "running")
+    assert guest.status() == "paused"
+    one.fake().do_wrong()
+    write(guest / "status", "running")
+    assert guest.exec("echo on") == b"on\n"
+
+
+@each_backend
+@pytest.mark.parametrize("fault", ["hang", "400", "die"])
+def test_a_vmm_that_does_not_obey_any_more_is_ended(host, backend, fault):
+    one = host(backend, options="stop_timeout=1")
+    guest = one.boot("box")
+    pid = guest.qemu()
+    one.fake().do_wrong(**{"PUT /actions SendCtrlAltDel": fault, "PUT /vm.power-button": fault, "PUT /vmm.shutdown": fault})
+    with takes_at_most(5, "echo stopped > status"):
+        write(guest / "status", "stopped")
+    assert guest.status() == "stopped" and not pid_alive(pid)
+    assert sockets(one) == []
+    one.fake().do_wrong()
+    write(guest / "status", "running")
+
+
+@each_backend
+def test_a_paused_vm_is_stopped_in_order(host, backend):
+    guest = host(backend).boot("box")
+    guest.ssh("(trap 'echo it was told to end >/dev/console; exit' TERM; while :; do usleep 20000; done) >/dev/null 2>&1 &")
+    guest.close()
+    write(guest / "status", "paused")
+    write(guest / "status", "stopped")
+    assert "it was told to end" in read(guest / "console")
+
+
+@each_backend
+def test_death_is_seen_at_once_and_its_sockets_go(host, backend):
+    one = host(backend)
+    guest = one.boot("box")
+    assert sockets(one)
+    with Client('echo "sleep 1000" > "$F"', env={"F": guest / "exec"}) as client:
+        client.waits()
+        os.kill(guest.qemu(), signal.SIGKILL)
+        with takes_at_most(1, "the death"):
+            assert client.result(5)[0] != 0
+            wait_for(lambda: guest.status() == "failed", "it is seen")
+    assert "SIGKILL" in guest.error() and TITLES[backend] in guest.error()
+    assert sockets(one) == []
+
+
+@each_backend
+@pytest.mark.parametrize("request_", ["first", "last"])
+def test_a_daemon_that_is_killed_in_the_middle_of_a_boot_boots_anew(host, backend, request_):
+    """Nobody knows how far the machine has come: what was left is ended."""
+    one = host(backend)
+    one.fake().do_wrong(**{BOOT[backend][1 if request_ == "first" else -1]: "hang"})
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    write(guest.env("EARLY"), "e\n")
+    (pid,) = wait_for(lambda: [guest.info()["pid"]] if guest.info().get("pid") else None, "the VMM is there")
+    wait_for(lambda: len(one.fake().requests()) >= 2, "it was told something")
+    one.kill()
+    one.fake().do_wrong()
+    assert pid_alive(pid)
+    one.start()
+    wait_for(lambda: not pid_alive(pid), "what was left is ended")
+    guest.wait("running")
+    assert guest.value("EARLY") == b"e" and len(one.qemus()) == 1
+
+
+@each_backend
+def test_a_daemon_that_ends_in_the_middle_of_a_boot_leaves_no_half_machine(host, backend):
+    one = host(backend)
+    one.fake().do_wrong(**{BOOT[backend][1]: "hang"})
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    wait_for(lambda: len(one.fake().requests()) >= 2, "it was told something")
+    one.stop()
+    wait_for(lambda: not one.qemus(), "the VMM is gone")
+    one.fake().do_wrong()
+    one.start()
+    guest.wait("running")
+
+
+@each_backend
+def test_a_vmm_that_answers_nobody_is_adopted_as_long_as_its_guest_does(host, backend):
+    one = host(backend)
+    guest = one.boot("box")
+    pid = guest.qemu()
+    one.stop()
+    one.fake().do_wrong(**{BOOT[backend][0]: "hang"})
+    one.start(seconds=START + 20)
+    wait_for(lambda: guest.status() == "running", "it runs for the new daemon", START + 5)
+    assert guest.qemu() == pid and guest.exec("echo here") == b"here\n"
+
+
+@each_backend
+def test_a_guest_that_resets_has_ended(host, backend):
+    """Firecracker ends with it. Cloud Hypervisor would boot it again, with variables of long ago."""
+    one = host(backend)
+    guest = one.boot("box")
+    pid = guest.qemu()
+    guest.ssh("reboot", check=False)
+    guest.close()
+    state = "stopped" if backend == "firecracker" else "failed"
+    wait_for(lambda: guest.status() == state, "it has ended")
+    assert not pid_alive(pid)
+    assert "echo running > status" in guest.error()
+    if backend == "cloud_hypervisor":
+        assert "restarted" in guest.error()
+
+
+@each_backend
+def test_a_panic_is_named(host, backend):
+    one = host(backend)
+    guest = one.boot("box")
+    write(os.path.join(one.fake().path, "guests", str(guest.qemu()), "sysrq"), "c")
+    wait_for(lambda: guest.status() == "failed", "it has failed")
+    assert "panicked" in guest.error()
+
+
+@each_backend
+def test_a_guest_that_powers_off_without_a_daemon_is_stopped(host, backend):
+    one = host(backend)
+    guest = one.boot("box")
+    pid = guest.qemu()
+    one.stop()
+    one.start()
+    wait_for(lambda: guest.status() == "running", "it was adopted")
+    guest.ssh("poweroff", check=False)  # its parent is no more: nobody tells the exit status
+    guest.close()
+    wait_for(lambda: guest.status() == "stopped", "it has ended")
+    assert not pid_alive(pid)
+
+
+@each_backend
+def test_logs_and_console_are_private_files(host, backend):
+    one = host(backend)
+    guest = one.boot("box")
+    folder = os.path.join(one.state, "vms", "box")
+    logs = {"serial.log", "vmm.log", {"firecracker": "firecracker.log", "cloud_hypervisor": "events.log"}[backend]}
+    assert logs <= set(os.listdir(folder))
+    for name in logs:
+        assert stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) == 0o600
+    assert "SSH server is ready" in read(guest / "console")
+    # Whoever truncates it gets no hole before what is written next.
+    os.truncate(os.path.join(folder, "serial.log"), 0)
+    guest.ssh("echo after that >/dev/console")
+    wait_for(lambda: "after that" in read(guest / "console"), "the line is on the console")
+    assert "\0" not in read(guest / "console")
+
+
+@each_backend
+def test_openssh_uses_the_vsock(host, backend, tmp_path):
+    guest = host(backend).boot("box")
+    assert "ProxyCommand" in read(guest / "ssh_config")
+    big = os.urandom(3 << 20)
+    (tmp_path / "big").write_bytes(big)
+    options = ["-F", guest / "ssh_config"]
+    subprocess.run(["scp", "-q", *options, tmp_path / "big", "box:/tmp/big"], check=True, timeout=30)
+    subprocess.run(["scp", "-q", *options, "box:/tmp/big", tmp_path / "back"], check=True, timeout=30)
+    assert (tmp_path / "back").read_bytes() == big
+    done = subprocess.run(["ssh", *options, "box", "cat; exit 3"], input=big, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout) == (3, big)
+    write(guest / "status", "stopped")
+    assert read(guest / "ssh_config") == ""
+
+
+def test_connect_says_what_is_wrong(host, tmp_path):
+    one = host("firecracker")
+    guest = one.boot("box")
+    socket = guest.info()["vsock_socket"]
+
+    def connect(*arguments):
+        done = subprocess.run([harness.VMSFS, "--connect", *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "No such file" in connect(str(tmp_path / "none"), "22")
+    assert "no port" in connect(socket, "ssh")
+    assert "File name too long" in connect("/" + "x" * 200, "22")
+    one.fake().do_wrong(vsock="refuse")
+    assert "does not answer" in connect(socket, "22")
+
+
+# ---- which backend ----
+
+
+def why_none(place, *options, env=None, fakes=(), change=None):
+    """Starts a daemon that cannot; returns what it says."""
+    one = harness.Daemon(",".join(options), fakes=fakes)
+    try:
+        if change:
+            change(one)
+        done = subprocess.run(
+            one.argv() + ["-f"], capture_output=True, timeout=30, env=harness.environment({**one.env, **(env or {})}), text=True
+        )
+        assert done.returncode != 0
+        return done.stderr
+    finally:
+        one.clear()
+
+
+@each_backend
+def test_a_named_backend_that_cannot_work_says_what_is_missing(tmp_path, backend):
+    program = PROGRAMS[backend]
+    here = {"fakes": [backend]}
+    assert f"there is no {program} in PATH" in why_none(tmp_path, f"backend={backend}", env={"VMSFS_KVM": "yes"})
+    why = why_none(tmp_path, f"backend={backend}", env={"VMSFS_KVM": "no"}, **here)
+    assert "needs KVM" in why and "VMSFS_KVM=no" in why
+    for script, words in {
+        f'echo "{program} v0.9.1"': "version 0.9, and it has to be",
+        'echo "something else"': "--version does not work",
+        "exit 3": "--version does not work",
+    }.items():
+        install = lambda one, script=script: one.fakes[backend].install(f"#!/bin/sh\n{script}\n")  # noqa: E731
+        assert words in why_none(tmp_path, f"backend={backend}", change=install, **here)
+
+
+def test_auto_takes_the_first_that_works_and_says_why(host):
+    for fakes, backend, words in (
+        (BACKENDS, "firecracker", "Firecracker 1.10 with KVM"),
+        (["cloud_hypervisor"], "cloud_hypervisor", "not firecracker: there is no firecracker in PATH"),
+    ):
+        one = host(*fakes, env={})
+        info = one.boot("box").info()
+        assert info["backend"] == backend and words in info["backend_note"]
+
+
+def test_auto_takes_qemu_where_there_is_no_kvm_and_settings_overrule_it(host):
+    one = host(*BACKENDS, env={"VMSFS_KVM": "no"})
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    info = wait_for(lambda: guest.info() if guest.info()["backend"] != "auto" else None, "it was decided")
+    assert info["backend"] == "qemu"
+    assert "not firecracker: Firecracker 1.10 is there, but it needs KVM" in info["backend_note"]
+    assert "not cloud_hypervisor" in info["backend_note"]
+    os.rmdir(guest.path)
+
+    one = host(*BACKENDS, env={"VMSFS_BACKEND": "cloud_hypervisor"})
+    guest = one.boot("box")
+    assert guest.info()["backend"] == "cloud_hypervisor"
+    write(guest / "status", "stopped")
+    write(guest / "config/backend", "firecracker\n")
+    write(guest / "status", "running")
+    assert guest.info()["backend"] == "firecracker"
+
+
+@pytest.fixture
+def old_image(tmp_path):
+    """An image from before there was a vsock."""
+    folder = tmp_path / "images" / "old"
+    shutil.copytree(os.path.join(IMAGES, "tiny"), folder, copy_function=os.symlink)
+    record = json.loads(read(folder / "image.json"))
+    del record["vsock"], record["kernel_elf"]
+    (folder / "image.json").unlink()
+    (folder / "image.json").write_text(json.dumps({**record, "name": "old"}))
+    return str(folder)
+
+
+def test_an_image_without_vsock(host, old_image):
+    one = host("firecracker", options=f"image={old_image}")
+    error = fails_to_boot(one)
+    assert '"vsock"' in error and "contrib/guest/tiny" in error
+    one = host("firecracker", options=f"image={old_image}", env={})
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    info = wait_for(lambda: guest.info() if guest.info()["backend"] != "auto" else None, "it was decided")
+    assert info["backend"] == "qemu" and 'not firecracker: the image has no "vsock"' in info["backend_note"]
+
+
+def test_a_setting_that_a_backend_has_no_use_for_is_named(host):
+    one = host(*BACKENDS, env={})
+    for backend, setting, value in (
+        ("cloud_hypervisor", "cpu_model", "max"),
+        ("cloud_hypervisor", "jail_user", "nobody"),
+        ("qemu", "tap", "tap0"),
+        ("qemu", "jail_user", "nobody"),
+    ):
+        os.mkdir(one.vm(".new/x"))
+        write(one.vm(".new/x/config/backend"), backend)
+        write(one.vm(f".new/x/config/{setting}"), value)
+        with refused("ENODEV"):
+            os.rename(one.vm(".new/x"), one.vm("x"))
+        error = read(one.vm(".new/x/error"))
+        assert f"config/{setting}" in error and backend in error
+        os.rmdir(one.vm(".new/x"))
+
+
+@each_backend
+def test_a_tap_is_given_to_the_guest(host, backend):
+    one = host(backend, options="tap=nosuchtap")
+    assert "nosuchtap" in fails_to_boot(one)
+    one = host(backend, options="tap=lo")  # to the fake, an interface is what the host has
+    one.boot("box")
+    assert {"firecracker": '"host_dev_name":"lo"', "cloud_hypervisor": '"net":[{"tap":"lo"}]'}[backend] in " ".join(one.fake().requests())
+
+
+def test_a_cpu_template_is_firecrackers(host):
+    one = host("firecracker", options="cpu_model=T2")
+    one.boot("box")
+    assert '"cpu_template":"T2"' in " ".join(one.fake().requests())
+
+
+@each_backend
+def test_a_proxy_of_the_environment_is_not_asked(host, backend):
+    one = host(backend, env={"VMSFS_BACKEND": backend, "http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "http://127.0.0.1:1"})
+    one.boot("box")
+
+
+# ---- the jailer ----
+
+
+@pytest.fixture
+def jailed(host):
+    def make(**kwargs):
+        one = host("firecracker", options="jail_user=nobody,disk=16", **kwargs)
+        fake = one.fake()
+        fake.install(f'#!/bin/sh\nexec {harness.FAKES}/jailer {fake.path} "$@"\n', "jailer")
+        return one
+
+    return make
+
+
+def test_a_jailed_firecracker(jailed):
+    one = jailed()
+    guest = one.boot("box")
+    assert guest.exec("echo inside") == b"inside\n"
+    pid = guest.qemu()
+    told = " ".join(one.fake().requests())
+    assert '"/kernel"' in told and '"/initrd"' in told and '"/disk"' in told and one.state not in told
+    # Its user owns what it needs, and nothing else of the VM.
+    assert os.stat(os.path.join(one.state, "vms/box/disk.img")).st_uid == 65534
+    assert os.stat(os.path.join(one.state, "vms/box/ssh_host_ed25519_key")).st_uid == 0
+    assert guest.ssh("echo by ssh") == b"by ssh\n"
+    one.kill()
+    one.start()
+    wait_for(lambda: guest.status() == "running", "it was adopted")
+    assert guest.qemu() == pid
+    write(guest / "status", "stopped")
+    assert sockets(one) == []
+    write(guest / "status", "running")
+    guest.close()
+    os.rmdir(guest.path)
+    assert one.remains() == []
+
+
+def test_a_jailed_firecracker_without_a_daemon_is_ended(jailed):
+    one = jailed(start=False)
+    one.fake().do_wrong(**{"PUT /vsock": "hang"})
+    one.start()
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    wait_for(lambda: len(one.fake().requests()) >= 4, "it was told something")
+    pid = guest.qemu()
+    one.kill()
+    one.fake().do_wrong()
+    one.start()
+    wait_for(lambda: not pid_alive(pid), "what was left is ended")
+    guest.wait("running")
+
+
+def test_a_jail_that_cannot_be_says_why(host):
+    one = host("firecracker", options="jail_user=nobody")
+    assert "no jailer in PATH" in fails_to_boot(one)
+    one.fake().install("#!/bin/sh\nexit 1\n", "jailer")
+    write(one.vm(".defaults/config/jail_user"), "no-such-user")
+    assert "no user no-such-user" in fails_to_boot(one)
+
+
+# ---- the image, as a whole ----
+
+
+@pytest.mark.deadline(200)
+@each_backend
+def test_the_image_boots_in_such_a_machine(host, backend):
+    """The kernel as an ELF file; the drivers of memory-mapped and of PCI devices, of the vsock, the disk and the keyboard; the
+    bridge to the SSH server: the guest of these fakes is whole, in QEMU (fakes/machine.py)."""
+    one = host(backend, options="disk=64", start=False)
+    one.fake().do_wrong(guest="machine")
+    one.start()
+    guest = one.boot("whole")
+    write(guest.env("KEPT"), "kept\n")
+    assert guest.exec("echo $KEPT; grep -o '^vmw_vsock_virtio_transport ' /proc/modules") == b"kept\nvmw_vsock_virtio_transport \n"
+    assert guest.ssh("uname -r") != os.uname().release.encode() + b"\n"
+    data = guest.exec("head -c 1000000 /dev/urandom | tee /root/data | md5sum; cat /root/data; sync")
+    assert len(data) > 1000000
+    # The bridge comes back as the server does.
+    guest.ssh("killall vsock-bridge", check=False)
+    guest.close()
+    wait_for(lambda: guest.status() == "running" and guest.ssh("echo again", check=False) == b"again\n", "the bridge is back", 20, 0.5)
+    guest.close()
+    write(guest / "status", "paused")
+    write(guest / "status", "running")
+    write(guest / "status", "stopped")  # by Ctrl-Alt-Del, or the power button
+    assert "reboot: " in read(guest / "console") and "power cut" not in read(guest / "console")
+    assert not any("vmm.shutdown" in line for line in one.fake().requests())
+    write(guest / "status", "running")
+    assert guest.ssh("md5sum </root/data").split()[0] == data.split()[0]
+    guest.ssh("poweroff", check=False)
+    guest.close()
+    wait_for(lambda: guest.status() == "stopped", "it has ended", 30)
