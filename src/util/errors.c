@@ -1,7 +1,9 @@
 #include "util/errors.h"
 
+#include <stdarg.h>
 #include <string.h>
 
+#include "util/buf.h"
 #include "util/log.h"
 
 #define ERRORS_ROW(name, number, text) {number, text},
@@ -26,4 +28,14 @@ const char *error_text(int status) {
         if (error_table[i].number == -status)
             return error_table[i].text;
     return status == 0 ? "success" : strerror(-status);
+}
+
+int error_explain(int status, char **ret_why, const char *format, ...) {
+    struct buf why = {0};
+    va_list args;
+    va_start(args, format);
+    buf_vprintf(&why, format, args);
+    va_end(args);
+    *ret_why = buf_steal(&why, NULL);
+    return status;
 }

@@ -44,3 +44,8 @@ int error_to_user(int status);
 
 /* What a status (0 or negative) means, in a few words. */
 const char *error_text(int status);
+
+/* Sets *ret_why to a sentence, which the caller frees (NULL: no memory for it), and returns the
+ * status. */
+int error_explain(int status, char **ret_why, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));

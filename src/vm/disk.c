@@ -27,39 +27,28 @@ static int disk_look(const char *dir, struct stat *ret_st) {
     return lstat(path, ret_st) < 0 ? -errno : 0;
 }
 
-static int __attribute__((format(printf, 2, 3)))
-disk_fail(char **ret_why, const char *format, ...) {
-    struct buf why = {0};
-    va_list args;
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
-    *ret_why = buf_steal(&why, NULL);
-    return -ERR_GONE;
-}
-
 int disk_prepare(const char *dir, unsigned size, char **ret_path, char **ret_why) {
     struct stat st;
     off_t wanted = (off_t)size * DISK_UNIT;
     cleanup_free char *path = disk_path(dir);
     if (!path)
-        return disk_fail(ret_why, "no memory for the disk in %s", dir);
+        return error_explain(-ERR_GONE, ret_why, "no memory for the disk in %s", dir);
     cleanup_close int fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0 || fstat(fd, &st) < 0)
-        return disk_fail(ret_why, "cannot make the disk %s (config/disk): %s", path,
-                         strerror(errno));
+        return error_explain(-ERR_GONE, ret_why, "cannot make the disk %s (config/disk): %s", path,
+                             strerror(errno));
     if (st.st_size > wanted)
-        return disk_fail(ret_why,
-                         "the disk %s has %lld MiB and config/disk says %u: it cannot be "
-                         "made smaller, write its size to config/disk, or 0 for none",
-                         path, (long long)st.st_size / DISK_UNIT, size);
+        return error_explain(-ERR_GONE, ret_why,
+                             "the disk %s has %lld MiB and config/disk says %u: it cannot be "
+                             "made smaller, write its size to config/disk, or 0 for none",
+                             path, (long long)st.st_size / DISK_UNIT, size);
     if (st.st_size < wanted && ftruncate(fd, wanted) < 0) {
         int error = errno;
         if (!st.st_size)
             unlink(path);
-        return disk_fail(ret_why,
-                         "cannot make the disk %s as large as config/disk says, %u MiB: %s", path,
-                         size, strerror(error));
+        return error_explain(-ERR_GONE, ret_why,
+                             "cannot make the disk %s as large as config/disk says, %u MiB: %s",
+                             path, size, strerror(error));
     }
     *ret_path = path;
     path = NULL;

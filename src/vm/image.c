@@ -155,18 +155,6 @@ static int image_parse(struct image *image, const json_t *json, const char **ret
     return 0;
 }
 
-static int image_fail(char **ret_why, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
-static int image_fail(char **ret_why, const char *format, ...) {
-    struct buf why = {0};
-    va_list args;
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
-    *ret_why = buf_steal(&why, NULL);
-    return -ERR_GONE;
-}
-
 int image_open(const struct settings *settings, const char *name, struct image *ret_image,
                char **ret_why) {
     struct image image = {.vcpus = 1, .memory = 256};
@@ -179,8 +167,8 @@ int image_open(const struct settings *settings, const char *name, struct image *
         for (char *c = path.data; c && *c; c++)
             if (*c == '\n')
                 *c = ' ';
-        return image_fail(
-            ret_why,
+        return error_explain(
+            -ERR_GONE, ret_why,
             "image \"%s\" is in none of: %s- build one with vmsfs-guest-tiny (contrib/guest/tiny "
             "in the sources), or name its folder with -o images=DIR",
             name, path.data);
@@ -191,20 +179,22 @@ int image_open(const struct settings *settings, const char *name, struct image *
                 ? -ENOMEM
                 : fs_read(file, IMAGE_JSON_LIMIT, &text);
     if (r < 0) {
-        image_fail(ret_why, "image \"%s\": cannot read %s: %s", name, file, strerror(-r));
+        error_explain(-ERR_GONE, ret_why, "image \"%s\": cannot read %s: %s", name, file,
+                      strerror(-r));
         image_close(&image);
         return -ERR_GONE;
     }
     json_t *json = json_loadb(text.data ? text.data : "", text.len, JSON_REJECT_DUPLICATES, &error);
     if (!json)
-        r = image_fail(ret_why, "image \"%s\": %s, line %d: %s", name, file, error.line,
-                       error.text);
+        r = error_explain(-ERR_GONE, ret_why, "image \"%s\": %s, line %d: %s", name, file,
+                          error.line, error.text);
     else if (image_parse(&image, json, &field) < 0)
-        r = image_fail(ret_why, "image \"%s\": %s: the field %s is missing or wrong", name, file,
-                       field);
+        r = error_explain(-ERR_GONE, ret_why, "image \"%s\": %s: the field %s is missing or wrong",
+                          name, file, field);
     else if (access(image.kernel, R_OK) < 0 || access(image.initrd, R_OK) < 0)
-        r = image_fail(ret_why, "image \"%s\": cannot read its kernel or initrd in %s: %s", name,
-                       image.path, strerror(errno));
+        r = error_explain(-ERR_GONE, ret_why,
+                          "image \"%s\": cannot read its kernel or initrd in %s: %s", name,
+                          image.path, strerror(errno));
     json_decref(json);
     if (r < 0)
         image_close(&image);
@@ -217,15 +207,16 @@ int image_check_memory(const struct image *image, const char *name, unsigned mem
                        char **ret_why) {
     if (!memory || memory >= image->memory_min)
         return 0;
-    return image_fail(ret_why, "%u MiB are too little memory for the image \"%s\", which needs %u",
-                      memory, name, image->memory_min);
+    return error_explain(-ERR_GONE, ret_why,
+                         "%u MiB are too little memory for the image \"%s\", which needs %u",
+                         memory, name, image->memory_min);
 }
 
 int image_check_disk(const struct image *image, const char *name, unsigned disk, char **ret_why) {
     if (!disk || image->disk)
         return 0;
-    return image_fail(ret_why,
-                      "the image \"%s\" cannot use a disk: its image.json has no \"disk\". "
-                      "vmsfs-guest-tiny builds one that can; 0 in config/disk is no disk",
-                      name);
+    return error_explain(-ERR_GONE, ret_why,
+                         "the image \"%s\" cannot use a disk: its image.json has no \"disk\". "
+                         "vmsfs-guest-tiny builds one that can; 0 in config/disk is no disk",
+                         name);
 }

@@ -135,33 +135,25 @@ bool machine_is_nowhere(struct vm *vm) {
     return true;
 }
 
-static __attribute__((format(printf, 2, 3))) int machine_fail(char **ret_why, const char *format,
-                                                              ...) {
-    struct buf why = {0};
-    va_list args;
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
-    *ret_why = buf_steal(&why, NULL);
-    return -ERR_GONE;
-}
-
 int machine_prepare(const struct vm_config *config, const char *key_path, struct buf *ret_host_key,
                     char **ret_why) {
     cleanup_buf struct buf text = {0};
     const char *wrong;
     if (access(key_path, R_OK) < 0)
-        return machine_fail(ret_why, "the private key %s (config/key) cannot be read: %s", key_path,
-                            strerror(errno));
+        return error_explain(-ERR_GONE, ret_why,
+                             "the private key %s (config/key) cannot be read: %s", key_path,
+                             strerror(errno));
     if (!config->host_key[0])
         return 0;
     int r = fs_read(config->host_key, MACHINE_KEY_FILE_MOST, &text);
     if (r < 0)
-        return machine_fail(ret_why, "the host key in %s (config/host_key) cannot be read: %s",
-                            config->host_key, strerror(-r));
+        return error_explain(-ERR_GONE, ret_why,
+                             "the host key in %s (config/host_key) cannot be read: %s",
+                             config->host_key, strerror(-r));
     r = host_key_parse(text.data ? text.data : "", text.len, ret_host_key, &wrong);
-    return r < 0 ? machine_fail(ret_why, "the host key in %s (config/host_key) cannot be used: %s",
-                                config->host_key, wrong)
+    return r < 0 ? error_explain(-ERR_GONE, ret_why,
+                                 "the host key in %s (config/host_key) cannot be used: %s",
+                                 config->host_key, wrong)
                  : 0;
 }
 

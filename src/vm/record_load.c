@@ -253,33 +253,21 @@ static int record_adopt(struct vm *vm, const json_t *record, int state, char **r
     return 0;
 }
 
-static int record_refuse(char **ret_why, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
-static int record_refuse(char **ret_why, const char *format, ...) {
-    struct buf why = {0};
-    va_list args;
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
-    *ret_why = buf_steal(&why, NULL);
-    return -ERR_INVALID;
-}
-
 static int record_parse(const struct buf *text, json_t **ret_record, char **ret_why) {
     json_error_t error;
     if (!text->len)
-        return record_refuse(ret_why, "it is empty");
+        return error_explain(-ERR_INVALID, ret_why, "it is empty");
     json_t *record = json_loadb(text->data, text->len, 0, &error);
     if (!record)
         /* The parser's own words quote what is there: values. */
-        return record_refuse(ret_why, "it is no JSON, at line %d, column %d", error.line,
-                             error.column);
+        return error_explain(-ERR_INVALID, ret_why, "it is no JSON, at line %d, column %d",
+                             error.line, error.column);
     const json_t *version = json_object_get(record, "version");
     int r = 0;
     if (!json_is_integer(version))
-        r = record_refuse(ret_why, "it does not say its version");
+        r = error_explain(-ERR_INVALID, ret_why, "it does not say its version");
     else if (json_integer_value(version) != RECORD_VERSION)
-        r = record_refuse(ret_why,
+        r = error_explain(-ERR_INVALID, ret_why,
                           "it is of version %" JSON_INTEGER_FORMAT
                           ", for another vmsfs; this one knows %d",
                           json_integer_value(version), RECORD_VERSION);
@@ -297,7 +285,7 @@ static int record_read(const char *path, json_t **ret_record, char **ret_why) {
     if (r == 0) {
         r = record_parse(&text, ret_record, ret_why);
     } else if (r != -ENOENT) {
-        int refused = record_refuse(ret_why, "%s: %s", path, strerror(-r));
+        int refused = error_explain(-ERR_INVALID, ret_why, "%s: %s", path, strerror(-r));
         r = record_lacks_resources(r) ? r : refused;
     }
     if (text.data)
@@ -311,10 +299,10 @@ static int record_take(struct daemon *d, const char *dir, const char *name, enum
     const char *id = record_text(record, "id");
     json_int_t number = json_integer_value(json_object_get(record, "number"));
     if (!id || !vm_id_is_valid(id) || number <= 0 || number >= UINT32_MAX)
-        return record_refuse(ret_why, "it has no id or no number");
+        return error_explain(-ERR_INVALID, ret_why, "it has no id or no number");
     /* What is prepared is renamed with its folder; its record follows. */
     if (name && role == VM_ORDINARY && strcmp(id, name) != 0)
-        return record_refuse(ret_why, "it is that of another VM, %s", id);
+        return error_explain(-ERR_INVALID, ret_why, "it is that of another VM, %s", id);
     struct vm *vm = vm_new(d, name ? name : id, (uint64_t)number, dir);
     if (!vm)
         return -ERR_NO_MEMORY;

@@ -59,18 +59,6 @@ static const char *fc_kernel(const struct vmm_config *config) {
 
 /* ---- the jail ---- */
 
-static int fc_fail(char **ret_why, int status, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
-static int fc_fail(char **ret_why, int status, const char *format, ...) {
-    struct buf why = {0};
-    va_list args;
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
-    *ret_why = buf_steal(&why, NULL);
-    return status;
-}
-
 static int fc_copy(const char *from, const char *to) {
     cleanup_close int in = open(from, O_RDONLY | O_CLOEXEC);
     cleanup_close int out = open(to, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -129,21 +117,22 @@ static int fc_prepare(const struct vmm_config *config, char **ret_why) {
     if (!fc_is_jailed(config))
         return 0;
     if (geteuid() != 0)
-        return fc_fail(ret_why, -ERR_UNSUPPORTED,
-                       "config/jail_user is %s, and only root can jail Firecracker: empty it",
-                       config->jail_user);
+        return error_explain(-ERR_UNSUPPORTED, ret_why,
+                             "config/jail_user is %s, and only root can jail Firecracker: empty it",
+                             config->jail_user);
     if (host_find_program(FC_JAILER, &jailer) < 0)
-        return fc_fail(ret_why, -ERR_UNSUPPORTED,
-                       "config/jail_user is %s, and there is no " FC_JAILER
-                       " in PATH: it comes with Firecracker's releases",
-                       config->jail_user);
+        return error_explain(-ERR_UNSUPPORTED, ret_why,
+                             "config/jail_user is %s, and there is no " FC_JAILER
+                             " in PATH: it comes with Firecracker's releases",
+                             config->jail_user);
     if (getpwnam_r(config->jail_user, &entry, strings, sizeof strings, &user) != 0 || !user)
-        return fc_fail(ret_why, -ERR_INVALID, "there is no user %s (config/jail_user) on this host",
-                       config->jail_user);
+        return error_explain(-ERR_INVALID, ret_why,
+                             "there is no user %s (config/jail_user) on this host",
+                             config->jail_user);
     root = fc_jail_root(config->dir);
     int status = root ? fc_fill_jail(config, root, user) : -ERR_NO_MEMORY;
-    return status < 0 ? fc_fail(ret_why, status, "the jail in %s cannot be filled: %s", config->dir,
-                                strerror(-status))
+    return status < 0 ? error_explain(status, ret_why, "the jail in %s cannot be filled: %s",
+                                      config->dir, strerror(-status))
                       : 0;
 }
 
