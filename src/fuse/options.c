@@ -487,8 +487,11 @@ bool options_check(const struct options *options, char **ret_backend) {
     /* A backend that cannot work is said before an image that is not there. */
     if (vmm_find(config->backend, true, &backend, &why) < 0)
         return option_say_why("-o backend", why);
-    *ret_backend = why;
+    *ret_backend = strndup(why, vmm_brief_length(why));
+    free(why);
     why = NULL;
+    if (!*ret_backend)
+        return option_say_why("-o backend", why);
     if (backend->existing)
         return true;
     if (image_open(&options->settings, config->image, &image, &why) < 0) {

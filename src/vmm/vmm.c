@@ -43,6 +43,13 @@ static int vmm_backend_check(struct vmm_backend *backend, char **ret_why) {
     return status;
 }
 
+#define VMM_NOT "not " /* before the name of one that was passed over, in a *ret_why */
+
+size_t vmm_brief_length(const char *why) {
+    const char *others = strstr(why, "; " VMM_NOT);
+    return others ? (size_t)(others - why) : strlen(why);
+}
+
 /* The first backend that works; if none does, what each of them said. */
 static int vmm_find_any(bool vsock, const struct vmm_ops **ret_ops, char **ret_why) {
     cleanup_buf struct buf others = {0};
@@ -62,7 +69,8 @@ static int vmm_find_any(bool vsock, const struct vmm_ops **ret_ops, char **ret_w
             *ret_why = buf_steal(&chosen, NULL);
             return *ret_why ? 0 : -ENOMEM;
         }
-        buf_printf(&others, "%snot %s: %s", others.len ? "; " : "", vmm_backends[i].ops->name,
+        buf_printf(&others, "%s" VMM_NOT "%s: %s", others.len ? "; " : "",
+                   vmm_backends[i].ops->name,
                    !fits ? "the image has no \"vsock\""
                    : why ? why
                          : error_text(status));

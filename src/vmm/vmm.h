@@ -167,6 +167,9 @@ struct vmm {
  * thread; may start programs and wait for them. */
 int vmm_find(const char *name, bool vsock, const struct vmm_ops **ret_ops, char **ret_why);
 
+/* How much of a *ret_why is about the backend that was found, not about those before it. */
+size_t vmm_brief_length(const char *why);
+
 /* Can this backend boot this? -EOPNOTSUPP with a sentence that names the setting. */
 int vmm_check_config(const struct vmm_ops *ops, const struct vmm_config *config, char **ret_why);
 
