@@ -74,8 +74,9 @@ static int ch_adopt(uv_loop_t *loop, const struct vmm_config *config, const json
 }
 
 static unsigned ch_end_strays(const char *dir) {
-    cleanup_free char *events = host_join(dir, CH_EVENTS);
-    return events ? process_kill_strays(events) : 0;
+    cleanup_buf struct buf word = {0};
+    buf_printf(&word, "path=%s/" CH_EVENTS, dir);
+    return word.failed ? 0 : process_kill_strays(word.data);
 }
 
 static int ch_check(char **ret_why) {

@@ -128,6 +128,18 @@ struct process_strays {
     unsigned count;
 };
 
+/* A word of the command line, or a part of one between commas: other paths may end like this one.
+ */
+static bool process_line_has_word(const char *line, size_t length, const char *word) {
+    size_t size = strlen(word);
+    const char *end = line + length;
+    for (const char *at = line; (at = memmem(at, (size_t)(end - at), word, size)); at++)
+        if ((at == line || at[-1] == '\0' || at[-1] == ',') &&
+            (at + size == end || at[size] == '\0' || at[size] == ','))
+            return true;
+    return false;
+}
+
 static void process_kill_stray(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
     struct process_strays *strays = arg;
     const char *text = strays->text;
@@ -139,7 +151,7 @@ static void process_kill_stray(void *arg, pid_t pid, uid_t owner, const char *li
     cleanup_close int pidfd = pidfd_open(pid, 0);
     snprintf(path, sizeof path, "/proc/%d/cmdline", (int)pid);
     ssize_t n = pidfd < 0 ? -1 : file_read_start(path, again, sizeof again);
-    if (n <= 0 || !memmem(again, (size_t)n, text, strlen(text)))
+    if (n <= 0 || !process_line_has_word(again, (size_t)n, text))
         return;
     log_warn("process %d was left behind by an earlier daemon: it is ended", (int)pid);
     pidfd_send_signal(pidfd, SIGKILL, NULL, 0);

@@ -51,8 +51,9 @@ void process_kill(struct process *process);
 typedef void process_visit(void *arg, pid_t pid, uid_t owner, const char *line, size_t length);
 void process_each(const char *text, process_visit *visit, void *arg);
 
-/* SIGKILL for every process of this user (of root: of any) whose command line holds the text: what
- * no record tells of. Looks through /proc. Returns how many there were. */
+/* SIGKILL for every process of this user (of root: of any) whose command line has this word (or
+ * part of a word, between commas): what no record tells of. Looks through /proc. Returns how many
+ * there were. */
 unsigned process_kill_strays(const char *text);
 
 /* Stops watching; the process goes on. No callback comes after this. NULL is allowed. */
