@@ -121,6 +121,37 @@ def test_a_machine_id_is_a_random_uuid_and_stays(warm):
     assert guest.value("WHILE_STOPPED") == b"x"
 
 
+def test_what_an_earlier_boot_was_told_goes_with_it(warm):
+    """A variable that is unset is nowhere on the host's disk any more, whichever way the VM boots next."""
+    one = warm()
+    guest = one.boot("a")
+    folder = f"{one.state}/vms/a"
+
+    def again(how):
+        write(guest / "status", "stopped\n")
+        write(guest / "config/warm", f"{how}\n")
+        write(guest / "status", "running\n")
+        assert guest.info()["warm"] is (how == "auto")
+
+    def holders(text):
+        found = []
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                with open(path, "rb") as f:
+                    found += [name] if text in f.read() else []
+        return found
+
+    for how, other in (("off", "auto"), ("auto", "off")):
+        value = f"told-{how}".encode()
+        write(guest.env("TOLD"), value)
+        again(how)
+        assert {"off": "initrd", "auto": "identity"}[how] in holders(value)
+        os.unlink(guest.env("TOLD"))
+        again(other)
+        assert not holders(value)
+
+
 def test_a_megabyte_of_variables_goes_through_the_port(warm):
     one = warm()
     os.makedirs(one.vm(".new/large"), exist_ok=True)

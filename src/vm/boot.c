@@ -303,6 +303,14 @@ static void boot_find_template(struct vm_boot *boot) {
                  why ? why : strerror(-r));
 }
 
+/* What an earlier boot of the other kind was told, with values that may be unset since. */
+static int boot_forget(struct vm_boot *boot, const char *name) {
+    cleanup_free char *path = NULL;
+    if (asprintf(&path, "%s/%s", boot->dir, name) < 0)
+        return boot_fail(boot, "no memory for", boot->id, -ENOMEM);
+    return unlink(path) < 0 && errno != ENOENT ? boot_fail(boot, "cannot remove", path, -errno) : 0;
+}
+
 /* What the guest of a template is told: the archive that another one has behind its initrd. */
 static int boot_identity(struct vm_boot *boot, const struct buf *archive) {
     cleanup_free char *path = NULL;
@@ -344,7 +352,10 @@ static void boot_work(uv_work_t *work) {
         boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
         return;
     boot_find_template(boot);
-    int r = boot->result.template.dir ? boot_identity(boot, &archive) : boot_initrd(boot, &archive);
+    bool warm = boot->result.template.dir;
+    int r = boot_forget(boot, warm ? "initrd" : "identity");
+    if (r == 0)
+        r = warm ? boot_identity(boot, &archive) : boot_initrd(boot, &archive);
     if (r == 0)
         boot_prepare_vmm(boot);
     explicit_bzero(host_key.data, host_key.len);
