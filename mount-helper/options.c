@@ -7,15 +7,17 @@
 
 /* Not for a file system, mount(8) and systemd.mount(5) say. */
 static const char *const names_dropped[] = {
-    "_netdev", "auto",    "comment", "defaults", "group",   "helper", "nofail", "noauto",
-    "nogroup", "noowner", "nouser",  "owner",    "uhelper", "user",   "users",
+    "_netdev", "auto",    "comment", "defaults", "group", "helper",  "nofail", "noauto",
+    "nogroup", "noowner", "nouser",  "nousers",  "owner", "uhelper", "user",   "users",
 };
 
-/* Flags of the kernel about times of access, of which this file system has none, and about what it
- * does not do. Other file systems take them without a word, libfuse refuses them. */
+/* Flags of the kernel about times of access, of which this file system has none, about symbolic
+ * links, likewise, and about what it does not do. Other file systems take them without a word,
+ * libfuse refuses them. */
 static const char *const names_idle[] = {
-    "atime",      "diratime", "iversion",   "lazytime",      "loud",     "mand",   "noiversion",
-    "nolazytime", "nomand",   "norelatime", "nostrictatime", "relatime", "silent", "strictatime",
+    "atime",       "diratime",   "iversion",   "lazytime",    "loud",       "mand",
+    "nodiratime",  "noiversion", "nolazytime", "nomand",      "norelatime", "nostrictatime",
+    "nosymfollow", "relatime",   "silent",     "strictatime", "symfollow",
 };
 
 struct option {

@@ -86,6 +86,30 @@ def test_options_for_others_are_taken_out_and_all_else_is_the_daemons(place):
     assert {"noatime", "nosuid", "nodev"} <= set(options) and "noexec" not in options
 
 
+# Of "FILESYSTEM-INDEPENDENT MOUNT OPTIONS" in mount(8), without SELinux's and `remount`: in each group none contradicts another.
+INDEPENDENT = [
+    "async,atime,auto,defaults,dev,diratime,exec,group,iversion,lazytime,loud,mand,nofail,relatime,rw,suid,_netdev,symfollow",
+    "noatime,noauto,nodev,nodiratime,noexec,nogroup,noiversion,nolazytime,nomand,nosuid,nosymfollow,noowner,nouser,ro,silent",
+    "dirsync,norelatime,nostrictatime,owner,sync,users,X-mount.mkdir=0755,X-vmsfs,x-vmsfs=1",
+    "strictatime,user=joe,nousers,comment=c",
+]
+
+
+@pytest.mark.parametrize("names", INDEPENDENT, ids=lambda names: names.split(",")[0])
+@pytest.mark.parametrize("by", ["mount", "mount.vmsfs", "fstab"])
+def test_each_option_that_holds_for_every_file_system_is_taken(place, by, names):
+    if by == "mount.vmsfs":  # also those that mount(8) keeps for itself
+        done = place.run(f"mount.vmsfs vms /mnt/vms -o {names},{OPTIONS}")
+    elif by == "mount":
+        done = place.run(f"mount -t vmsfs vms /mnt/vms -o {names},{OPTIONS}")
+    else:
+        write_fstab(place, f"vms /mnt/vms vmsfs {names},{OPTIONS} 0 0")
+        done = place.run("mount /mnt/vms")
+    assert done.status == 0 and mounted(place), done
+    options = find(place, "OPTIONS").split(",")
+    assert ("ro" in options, "noatime" in options) == ("ro" in names.split(","), "noatime" in names.split(",")), options
+
+
 def test_a_helper_alone_drops_what_mount_leaves_to_it(place):
     names = "auto,noauto,user,users,nouser,owner,noowner,group,nogroup,user=joe,uhelper=x,helper=x,defaults,nofail,_netdev"
     done = place.run(f"mount.vmsfs vms /mnt/vms -fnsv -t fuse.vmsfs -o rw,{names},x-a=1,X-b,comment=c -o ,users,memory=1G,auto_unmount")
