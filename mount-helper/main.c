@@ -79,6 +79,10 @@ static int options_take(struct call *call, const char *list) {
     return r == 0 ? MOUNT_OK : r == -EINVAL ? MOUNT_USAGE : MOUNT_SYSTEM;
 }
 
+static bool type_is_ours(const char *type) {
+    return strcmp(type, "vmsfs") == 0 || strcmp(type, "fuse.vmsfs") == 0;
+}
+
 /* What follows source and mount point. Those are the first two arguments whatever they look like:
  * a source that starts with a dash is no option. */
 static int arguments_take(struct call *call, int argc, char **argv) {
@@ -99,7 +103,7 @@ static int arguments_take(struct call *call, int argc, char **argv) {
                 return r;
             break;
         case 't':
-            if (strcmp(optarg, "vmsfs") != 0 && strcmp(optarg, "fuse.vmsfs") != 0) {
+            if (!type_is_ours(optarg)) {
                 say("-t %s: takes vmsfs or fuse.vmsfs", optarg);
                 return MOUNT_USAGE;
             }
@@ -173,16 +177,45 @@ static bool is_on_top(const char *type, const char *source, const char *target) 
     return found;
 }
 
-/* Has it been mounted already, which `mount -a` could not see? Either since the names differ, or
- * since there is an automount point of the same line of fstab: whoever is not its owner has it
- * mounted by looking (statfs(2), not stat(2)). */
-static bool is_mounted_unseen(const char *source, const char *written, const char *target) {
+/* Is the call a line of fstab, as mount(8) hands it over? */
+static bool call_is_of_fstab(const struct call *call, const char *source) {
+    struct mntent *entry;
+    bool found = false;
+    FILE *fstab = setmntent("/etc/fstab", "r");
+    while (!found && fstab && (entry = getmntent(fstab))) {
+        struct mount_options options = {0};
+        if (!type_is_ours(entry->mnt_type) || strcmp(entry->mnt_fsname, source) != 0)
+            continue;
+        char *target = realpath(entry->mnt_dir, NULL);
+        found = target && strcmp(target, call->target) == 0 &&
+                mount_options_add(&options, entry->mnt_opts) == 0 &&
+                mount_options_same(&options, &call->options);
+        free(options.daemon);
+        free(target);
+    }
+    if (fstab)
+        endmntent(fstab);
+    return found;
+}
+
+/* The first thing to know of a mount that is there already is whether `mount -a` has asked, which
+ * could not see it: either since the names differ, or since there is an automount point of the same
+ * line of fstab: whoever is not its owner has it mounted by looking (statfs(2), not stat(2)). That
+ * is no error. False: there is none, or its daemon is dead. */
+static bool is_mounted(const struct call *call, const char *written, int *ret_status) {
+    const char *source = written ? written : call->source;
     struct statfs fs;
-    bool automount = is_on_top("autofs", NULL, target);
+    bool automount = is_on_top("autofs", NULL, call->target);
     if (automount)
-        statfs(target, &fs);
-    return (automount || written) && is_on_top("fuse.vmsfs", written ? written : source, target) &&
-           statfs(target, &fs) == 0; /* its daemon lives */
+        statfs(call->target, &fs);
+    if (!is_on_top("fuse.vmsfs", source, call->target) || statfs(call->target, &fs) < 0)
+        return false;
+    *ret_status = MOUNT_OK;
+    if ((!automount && !written) || !call_is_of_fstab(call, source)) {
+        say("%s is mounted on %s already", source, call->target);
+        *ret_status = MOUNT_FAIL;
+    }
+    return true;
 }
 
 static bool environment_complete(void) {
@@ -260,10 +293,9 @@ static int call_mount(const struct call *call) {
         return MOUNT_FAIL;
     }
     const char *written = source_as_written(call->source);
-    if (!call->namespace && is_mounted_unseen(call->source, written, call->target)) {
-        say("%s is mounted on %s already", written ? written : call->source, call->target);
-        return MOUNT_OK;
-    }
+    int status = MOUNT_OK;
+    if (!call->fake && !call->namespace && is_mounted(call, written, &status))
+        return status;
     char *program = daemon_find();
     if (!program || !environment_complete())
         return MOUNT_SYSTEM;
@@ -279,7 +311,6 @@ static int call_mount(const struct call *call) {
     argv[count] = call->target;
     if (call->verbose)
         command_show((char *const *)argv);
-    int status = MOUNT_OK;
     if (!call->fake)
         status = call->namespace && !namespace_enter(call->namespace)
                      ? MOUNT_FAIL

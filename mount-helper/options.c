@@ -7,15 +7,17 @@
 
 /* Not for a file system, mount(8) and systemd.mount(5) say. */
 static const char *const names_dropped[] = {
-    "_netdev", "auto",    "comment", "defaults", "group",   "helper", "nofail", "noauto",
-    "nogroup", "noowner", "nouser",  "owner",    "uhelper", "user",   "users",
+    "_netdev", "auto",    "comment", "defaults", "group", "helper",  "nofail", "noauto",
+    "nogroup", "noowner", "nouser",  "nousers",  "owner", "uhelper", "user",   "users",
 };
 
-/* Flags of the kernel about times of access, of which this file system has none, and about what it
- * does not do. Other file systems take them without a word, libfuse refuses them. */
+/* Flags of the kernel about times of access, of which this file system has none, about symbolic
+ * links, likewise, and about what it does not do. Other file systems take them without a word,
+ * libfuse refuses them. */
 static const char *const names_idle[] = {
-    "atime",      "diratime", "iversion",   "lazytime",      "loud",     "mand",   "noiversion",
-    "nolazytime", "nomand",   "norelatime", "nostrictatime", "relatime", "silent", "strictatime",
+    "atime",       "diratime",   "iversion",   "lazytime",    "loud",       "mand",
+    "nodiratime",  "noiversion", "nolazytime", "nomand",      "norelatime", "nostrictatime",
+    "nosymfollow", "relatime",   "silent",     "strictatime", "symfollow",
 };
 
 struct option {
@@ -109,4 +111,35 @@ int mount_options_add(struct mount_options *options, const char *list) {
     options->daemon = text;
     options->remount = remount;
     return 0;
+}
+
+/* Those that are so by default, and what `user` in fstab adds. */
+static bool option_says_nothing(struct option o) {
+    static const char *const names[] = {"async",  "dev",    "exec", "nodev",
+                                        "noexec", "nosuid", "rw",   "suid"};
+    return o.length == o.name && OPTION_IS_ONE_OF(o, names);
+}
+
+static bool list_has(const char *list, struct option wanted) {
+    struct option o;
+    for (; *list; list += o.length, list += *list == ',') {
+        if (!option_next(list, &o))
+            return false;
+        if (o.length == wanted.length && memcmp(o.text, wanted.text, o.length) == 0)
+            return true;
+    }
+    return false;
+}
+
+static bool list_is_part_of(const char *list, const char *of) {
+    struct option o;
+    for (; *list; list += o.length, list += *list == ',')
+        if (!option_next(list, &o) || (!option_says_nothing(o) && !list_has(of, o)))
+            return false;
+    return true;
+}
+
+bool mount_options_same(const struct mount_options *a, const struct mount_options *b) {
+    const char *one = a->daemon ? a->daemon : "", *other = b->daemon ? b->daemon : "";
+    return list_is_part_of(one, other) && list_is_part_of(other, one);
 }

@@ -16,3 +16,7 @@ struct mount_options {
  * double quotes, and then hold commas: `context="a:b:c0,c1"`. -EINVAL: a quote is not closed.
  * -ENOMEM. */
 int mount_options_add(struct mount_options *options, const char *list);
+
+/* Would the daemon mount the same with either? In any order, and whatever they say of what is so by
+ * default or comes with `user` in fstab. */
+bool mount_options_same(const struct mount_options *a, const struct mount_options *b);

@@ -86,6 +86,30 @@ def test_options_for_others_are_taken_out_and_all_else_is_the_daemons(place):
     assert {"noatime", "nosuid", "nodev"} <= set(options) and "noexec" not in options
 
 
+# Of "FILESYSTEM-INDEPENDENT MOUNT OPTIONS" in mount(8), without SELinux's and `remount`: in each group none contradicts another.
+INDEPENDENT = [
+    "async,atime,auto,defaults,dev,diratime,exec,group,iversion,lazytime,loud,mand,nofail,relatime,rw,suid,_netdev,symfollow",
+    "noatime,noauto,nodev,nodiratime,noexec,nogroup,noiversion,nolazytime,nomand,nosuid,nosymfollow,noowner,nouser,ro,silent",
+    "dirsync,norelatime,nostrictatime,owner,sync,users,X-mount.mkdir=0755,X-vmsfs,x-vmsfs=1",
+    "strictatime,user=joe,nousers,comment=c",
+]
+
+
+@pytest.mark.parametrize("names", INDEPENDENT, ids=lambda names: names.split(",")[0])
+@pytest.mark.parametrize("by", ["mount", "mount.vmsfs", "fstab"])
+def test_each_option_that_holds_for_every_file_system_is_taken(place, by, names):
+    if by == "mount.vmsfs":  # also those that mount(8) keeps for itself
+        done = place.run(f"mount.vmsfs vms /mnt/vms -o {names},{OPTIONS}")
+    elif by == "mount":
+        done = place.run(f"mount -t vmsfs vms /mnt/vms -o {names},{OPTIONS}")
+    else:
+        write_fstab(place, f"vms /mnt/vms vmsfs {names},{OPTIONS} 0 0")
+        done = place.run("mount /mnt/vms")
+    assert done.status == 0 and mounted(place), done
+    options = find(place, "OPTIONS").split(",")
+    assert ("ro" in options, "noatime" in options) == ("ro" in names.split(","), "noatime" in names.split(",")), options
+
+
 def test_a_helper_alone_drops_what_mount_leaves_to_it(place):
     names = "auto,noauto,user,users,nouser,owner,noowner,group,nogroup,user=joe,uhelper=x,helper=x,defaults,nofail,_netdev"
     done = place.run(f"mount.vmsfs vms /mnt/vms -fnsv -t fuse.vmsfs -o rw,{names},x-a=1,X-b,comment=c -o ,users,memory=1G,auto_unmount")
@@ -107,6 +131,7 @@ def test_mount_a_mounts_once_wherever_it_is_run(place):
         done = place.run("mount -a", cwd=folder)
         assert done.status == 0, (folder, done)
         assert find(place, "SOURCE") == "vms"
+        assert "already" not in done.err, done
     assert place.run("grep -c fuse.vmsfs /proc/self/mounts").out == "1\n"
     assert place.run("umount -a -t fuse.vmsfs").status == 0
     assert not mounted(place)
@@ -121,10 +146,37 @@ def test_mount_a_brings_back_what_died(place):
     assert place.run("grep -c fuse.vmsfs /proc/self/mounts").out == "1\n"
 
 
+@pytest.mark.parametrize("options", ["user,exec,memory=200", "noatime,boot_args=\"a=1,b=2\"", "defaults,ro,fsname=vms", "owner"])
+def test_mount_a_knows_its_line_whatever_the_options(place, options):
+    write_fstab(place, f"vms /mnt/vms vmsfs {OPTIONS},nofail,{options} 0 0")
+    for script in ("mount -a", "mount -a", "mount /mnt/vms"):
+        done = place.run(script, cwd="/mnt")
+        assert done.status == 0 and "already" not in done.err, done
+    assert place.run("grep -c fuse.vmsfs /proc/self/mounts").out == "1\n"
+
+
+def test_a_second_mount_of_the_name_with_other_options_is_refused_wherever_it_is_asked_for(place):
+    first = f"mount -t vmsfs vms /mnt/vms -o {OPTIONS}"
+    others = ["state=/mnt/other,memory=300", f"{OPTIONS},memory=300", f"ro,{OPTIONS}", OPTIONS.partition(",")[0]]
+    place.run(first, check=True)
+    for line in ("", f"vms /mnt/vms vmsfs {OPTIONS} 0 0", f"lab /mnt/vms vmsfs {OPTIONS},memory=300 0 0"):
+        write_fstab(place, line)
+        for folder in ("/mnt", "/mnt/home"):
+            for options in others:
+                done = place.run(f"mount -t vmsfs vms /mnt/vms -o {options}", cwd=folder)
+                assert done.status == 32 and "vms is mounted on /mnt/vms already" in done.err, (line, folder, options, done)
+    # By another name it is another mount, above the first one.
+    place.run("mount -t vmsfs lab /mnt/vms -o state=/mnt/other,memory=300", check=True)
+    assert place.run("cat /mnt/vms/.defaults/config/memory").out == "300\n"
+    assert place.run("grep -c fuse.vmsfs /proc/self/mounts").out == "2\n"
+    place.run("umount /mnt/vms", check=True)
+
+
 def test_a_second_mount_fails_and_the_first_stays(place):
     place.run(f"mount -t vmsfs vms /mnt/vms -o {OPTIONS}", check=True)
-    done = place.run(f"mount -t vmsfs vms /mnt/vms -o {OPTIONS}")
-    assert done.status == 32 and "/mnt/state" in done.err, done
+    for name, text in (("vms", "vms is mounted on /mnt/vms already"), ("lab", "/mnt/state")):
+        done = place.run(f"mount -t vmsfs {name} /mnt/vms -o {OPTIONS}")
+        assert done.status == 32 and text in done.err, done
     assert mounted(place) and place.run("ls /mnt/vms").status == 0
     # The folder of its sockets, too: a machine that cannot boot says so in `error`.
     assert place.run("ls /run/vmsfs").out != ""
