@@ -103,6 +103,33 @@ def test_each_option_of_the_help_is_offered(shell):
     assert flags <= set(words)
 
 
+def test_no_other_option_is_offered(shell):
+    _, flags = options_of_help()
+    offered = {word.rstrip(",") for typed in ("vmsfs -", "vmsfs --") for word in shell.all(typed)}
+    # zsh offers -o itself; --json it has for doctor alone.
+    assert offered - {"-o"} <= flags
+
+
+def test_zsh_describes_each_option_in_the_words_of_the_help(tmp_path):
+    shell = Shell("zsh", tmp_path)
+    try:
+        shell.child.sendline("zstyle ':completion:*' list true; zstyle ':completion:*' verbose yes; echo lists-$((1 + 1))")
+        shell.child.expect("lists-2")
+        shell.child.send("vmsfs /vms -o \t\x14")
+        shell.child.expect(r"<<([^\r\n]*)>>")
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shell.child.before)
+    finally:
+        shell.close()
+    described = dict(re.findall(r"(?:^|[\r\n ])(\w+) +-- ([^\r\n]*)", shown))
+    lines = help_text(VMSFS, "--help").splitlines()
+    for line, following in zip(lines, lines[1:]):
+        option = re.match(r" +(?:-[a-z], )?-o ([^ =]+)\S* *(.*)", line)
+        if option:
+            words = option.group(2) or following.strip()
+            assert described[option.group(1)].strip() == words.replace("[", "(").replace("]", ")").replace(":", ";"), shown
+    assert len(described) > 25
+
+
 def test_a_list_of_options_is_completed_behind_a_comma(shell):
     assert shell.tab("vmsfs /vms -o ephemeral,log_l").rstrip() == "vmsfs /vms -o ephemeral,log_level="
     assert shell.tab("vmsfs -oephe").startswith("vmsfs -oephemeral")

@@ -84,7 +84,7 @@ _vmsfs() {
         _vmsfs_offer < <(_vmsfs_list "$1" -o)
     elif [[ $_vmsfs_typed == -* ]]; then
         _vmsfs_offer < <(LC_ALL=C "$1" --help 2>/dev/null |
-            sed -n 's/^    \(-.*\)/\1/p' | tr -s ', ' '\n' | grep -xE -e '-[a-z]|-[A-Z]|--[a-z]+' | sort -u)
+            sed -n 's/^    \(-.*\)/\1/p' | sed 's/  .*//' | tr -s ', ' '\n' | grep -xE -e '-[a-z]|-[A-Z]|--[a-z]+' | sort -u)
     else
         compopt -o filenames
         _vmsfs_offer < <(compgen -d -- "$_vmsfs_typed")
