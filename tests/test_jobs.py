@@ -474,6 +474,21 @@ def test_a_reader_that_uses_sendfile_follows_a_running_job(vm, job, tmp_path, ho
     assert read_bytes(tmp_path / "again") == b"1\n2\n3\n4\n5\n" + bytes(70000)
 
 
+def test_tail_shows_whole_lines_of_a_running_job(vm, job):
+    job.start("for i in 1 2 3; do echo line $i; done; until [ -e /tmp/go-on ]; do usleep 20000; done; echo line 4")
+    wait_for(lambda: os.stat(job / "stdout").st_size == 21, "three lines")
+    for script, lines in (
+        ('tail -n 1 "$F"', b"line 3\n"),
+        ('tail -n 2 "$F"', b"line 2\nline 3\n"),
+        ('wc -c < "$F"', b"21\n"),
+    ):
+        assert sh(script, F=job / "stdout", check=False).stdout == lines, script
+    vm.ssh("touch /tmp/go-on")
+    assert job.exit() == "0"
+    assert sh('tail -n 1 "$F"', F=job / "stdout").stdout == b"line 4\n"
+    vm.ssh("rm /tmp/go-on")
+
+
 @pytest.mark.parametrize("cat", ["cat", "busybox cat"])
 def test_exit_can_be_read_by_every_cat(vm, job, cat):
     job.start("sleep 1; exit 107")
@@ -742,6 +757,29 @@ def test_50_jobs_run_side_by_side(vm):
     vm.ssh("rm /tmp/go50")
     for job in jobs:
         os.rmdir(job.path)
+
+
+@pytest.mark.deadline(240)
+def test_a_server_with_one_command_a_connection_says_when_there_is_no_place(new_vm):
+    """dropbear, of which 64 connections are made at most: what finds no place is told so, and what is told to end before it
+    has one does so at once."""
+    vm = new_vm("crowded")
+    jobs = [Job(vm).start("echo here >> /tmp/here; sleep 1300") for _ in range(70)]
+
+    def started():
+        return int(vm.ssh("cat /tmp/here 2>/dev/null | wc -l"))
+
+    wait_for(lambda: started() >= 63, "as many run as can", 150, 1)
+    with Job(vm) as job:
+        job.start("true")
+        write(job / "signal", "TERM\n")
+        assert job.exit() == "TERM"
+    with refused("EBUSY"):
+        write(vm / "exec", "true")
+    assert "64 SSH connections" in vm.error() and "end some" in vm.error()
+    for job in jobs:
+        os.rmdir(job.path)
+    write(vm / "exec", "true")
 
 
 def test_a_job_of_clone_lives_as_long_as_clone_is_open(vm):

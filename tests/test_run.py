@@ -304,8 +304,11 @@ def test_output_that_nobody_can_take_ends_it(vm, script):
         sh(script.format(run=f"'{vm / 'run'}'"), "bash", check=False)
 
 
-def test_a_closed_stderr_is_no_failure_of_its_own(vm):
+def test_closed_outputs_are_no_failure_of_their_own(vm):
     assert sh(f"'{vm / 'run'}' echo fine 2>&-").stdout == b"fine\n"
+    done = sh(f"'{vm / 'run'}' sh -c 'echo gone; echo fine >&2' >&-")
+    assert (done.stdout, done.stderr) == (b"", b"fine\n")
+    assert sh(f"'{vm / 'run'}' sh -c 'echo gone; exit 3' <&- >&- 2>&-", check=False).returncode == 3
 
 
 @pytest.mark.parametrize("name", ["set", "vm", "job", "key", "value", "input", "status", "option"])

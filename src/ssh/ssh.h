@@ -143,7 +143,8 @@ int ssh_pool_new(uv_loop_t *loop, const struct ssh_target *target, unsigned idle
 
 /* Like ssh_channel_exec(), on a connection of the pool. A channel that the server refuses for its
  * limit is tried again on another connection, unseen by the caller; one whose connection cannot be
- * made (or is found dead before the command was sent) closes as SSH_REFUSED with the reason. */
+ * made (or is found dead before the command was sent) closes as SSH_REFUSED with the reason; so
+ * does, with -ERR_BUSY, one that waits for a place while commands that do not end have them all. */
 int ssh_pool_exec(struct ssh_pool *pool, const char *command,
                   const struct ssh_channel_events *events, void *arg,
                   struct ssh_channel **ret_channel);

@@ -29,7 +29,8 @@ static void stream_open(struct node *node, int flags, struct request *rq) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     const struct spool *spool = stream_spool(node);
-    bool whole = spool && output_size(job->command, spool) == (off_t)spool->end;
+    bool whole = spool && job->command->end != COMMAND_RUNNING &&
+                 output_size(job->command, spool) == (off_t)spool->end;
     job_handle_open_as(node, flags, !whole || now.tv_sec - job->changed.tv_sec < STREAM_SETTLED_S,
                        rq);
 }
