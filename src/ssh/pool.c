@@ -75,13 +75,24 @@ static void member_remove(struct pool_member *member) {
     free(member);
 }
 
-static void pool_wait(struct ssh_pool *pool, struct ssh_channel *channel) {
+/* `before`: a link of pool->waiting, or that itself for its end. */
+static void pool_wait_before(struct ssh_pool *pool, struct list *before,
+                             struct ssh_channel *channel) {
     channel->session = NULL;
     list_remove(&channel->link);
     if (list_is_empty(&pool->waiting))
         pool->moved_at = uv_now(pool->loop);
-    list_append(&pool->waiting, &channel->link);
+    list_append(before, &channel->link);
     pool_schedule(pool, 0);
+}
+
+static void pool_wait(struct ssh_pool *pool, struct ssh_channel *channel) {
+    pool_wait_before(pool, &pool->waiting, channel);
+}
+
+/* One that had a session: it came before all that wait. */
+static void pool_wait_again(struct ssh_pool *pool, struct ssh_channel *channel) {
+    pool_wait_before(pool, pool->waiting.next, channel);
 }
 
 /* Dropbear from 2022.82 until 2025.87 closes a channel that has no command yet when the command of
@@ -100,7 +111,7 @@ static void member_on_up(void *arg) {
     member->up = true;
     pool->fragile = member_is_fragile(member);
     while (pool->fragile && !list_is_empty(queued) && queued->next != queued->prev)
-        pool_wait(pool, LIST_OWNER(queued->next->next, struct ssh_channel, link));
+        pool_wait_again(pool, LIST_OWNER(queued->prev, struct ssh_channel, link));
     pool_schedule(pool, 0);
 }
 
@@ -183,9 +194,8 @@ bool pool_takes_refused(struct ssh_channel *channel) {
     /* 0: only commands that outlived their channels fill it; it is of no use until they end. */
     member->limit = open;
     member->limit_until = uv_now(member->pool->loop) + POOL_LIMIT_LIFE;
-    struct list *l;
-    while ((l = list_pop(&session->queued)))
-        pool_wait(member->pool, LIST_OWNER(l, struct ssh_channel, link));
+    while (!list_is_empty(&session->queued))
+        pool_wait_again(member->pool, LIST_OWNER(session->queued.prev, struct ssh_channel, link));
     return true;
 }
 
@@ -194,7 +204,7 @@ bool pool_takes_lost(struct ssh_channel *channel) {
     struct pool_member *member = channel->session->member;
     if (!member || pool->closing || member->up || !pool_is_up(pool))
         return false;
-    pool_wait(pool, channel);
+    pool_wait_again(pool, channel);
     return true;
 }
 
