@@ -168,7 +168,8 @@ int vm_check_running(struct vm *vm) {
     case VM_RUNNING:
         return 0;
     case VM_UNREACHABLE:
-        return -ERR_UNREACHABLE; /* `error` says since when and why */
+        return vm_fail(vm, -ERR_UNREACHABLE, "%s does not answer: %s; it is tried again", vm->id,
+                       machine_trouble(vm));
     case VM_BOOTING:
         return vm_refuse(vm, "`echo running > status` waits until it runs");
     case VM_PAUSED:
@@ -261,6 +262,8 @@ void vm_guest_lost(struct vm *vm, int status, const char *why) {
     vars_detach(vm->vars, status);
     if (vm->gone || vm->state != VM_RUNNING)
         return;
+    buf_clear(&vm->trouble);
+    buf_append_str(&vm->trouble, why);
     vm_fail(vm, status, "%s does not answer: %s; it is tried again", vm->id, why);
     vm_set_state(vm, VM_UNREACHABLE);
     commands_stop(vm->commands, status, why);
@@ -458,8 +461,8 @@ void vm_watch_boot(struct vm *vm) {
 
 int vm_boot(struct vm *vm) {
     vm->attached = false;
-    warm_forget(vm); /* what is known of the last boot */
-    if (!machine_is_existing(vm))
+    warm_forget(vm);                            /* what is known of the last boot */
+    if (!vm->backend || !vm->backend->existing) /* else they still run there */
         orphans_clear(vm->orphans);
     vm->boot_started = uv_now(vm->daemon->loop);
     if (machine_is_nowhere(
