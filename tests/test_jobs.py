@@ -687,7 +687,8 @@ def test_it_runs_in_its_directory(vm, job):
 
 
 def test_login_and_raw_shells(vm):
-    vm.ssh("echo 'export FROM_PROFILE=yes' > /etc/profile.d/job_test.sh")
+    # The variables of the VM win, wherever a login sets them.
+    vm.ssh("echo 'export FROM_PROFILE=yes JOB_S=of-the-profile' > /etc/profile.d/z-job_test.sh")
     write(vm.env("JOB_S"), "set\n")
     try:
         for shell, expected in (("login", b"set yes\n"), ("raw", b"set no\n")):
@@ -697,7 +698,7 @@ def test_login_and_raw_shells(vm):
                 assert job.start('echo "$JOB_S ${FROM_PROFILE-no}"').exit() == "0"
                 assert job.out() == expected
     finally:
-        vm.ssh("rm /etc/profile.d/job_test.sh")
+        vm.ssh("rm /etc/profile.d/z-job_test.sh")
         os.unlink(vm.env("JOB_S"))
 
 
