@@ -25,7 +25,9 @@
 #define FC_CID 3 /* the least that is free; each VMM has its own numbers */
 
 /* A reset is the only way in which a guest can end Firecracker, and the keyboard controller is what
- * resets; the rest spares the kernel from looking for what that controller has not. */
+ * resets; the rest spares the kernel from looking for what that controller has not. In front:
+ * behind a
+ * "--" of the user's it would be init's. */
 #define FC_BOOT_ARGS "reboot=k i8042.noaux i8042.nomux i8042.dumbkbd"
 
 /* Names in the jail. */
@@ -173,8 +175,8 @@ static void fc_add_machine(const struct vmm_config *config, const char *vsock,
     bool jailed = fc_is_jailed(config);
     const char *template = config->cpu_model && config->cpu_model[0] ? config->cpu_model : NULL;
     cleanup_buf struct buf boot_args = {0};
-    buf_printf(&boot_args, "%s%s" FC_BOOT_ARGS, config->boot_args ? config->boot_args : "",
-               config->boot_args ? " " : "");
+    buf_printf(&boot_args, FC_BOOT_ARGS "%s%s", config->boot_args ? " " : "",
+               config->boot_args ? config->boot_args : "");
     rest_add_step(plan, "PUT", "/machine-config",
                   json_pack("{s:i, s:i, s:s*}", "vcpu_count", (int)config->vcpus, "mem_size_mib",
                             (int)config->memory, "cpu_template", template));
