@@ -2,10 +2,12 @@
 every request against the published specification (fakes/vmm.py); the other tests run on them with VMSFS_TEST_BACKEND."""
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 
@@ -87,6 +89,71 @@ def test_the_requests_of_a_boot_and_their_order(host):
             del calls[0]
         assert calls == [call.removesuffix(" InstanceStart") for call in BOOT[backend]]
         assert guest.exec("echo hello from $(hostname)") == b"hello from box\n"
+
+
+# What it is given, and words of the fault; None: it is right.
+WRONG = {
+    "firecracker": [
+        ("PUT", "/machine-config", {"vcpu_count": 3, "mem_size_mib": 64, "smt": True}, "even number when SMT is enabled"),
+        ("PUT", "/machine-config", {"vcpu_count": 33, "mem_size_mib": 64}, "more than 32"),
+        ("PUT", "/machine-config", {"vcpu_count": 1}, "no mem_size_mib"),
+        ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "max"}, "cpu_template"),
+        ("PUT", "/machine-config", "{", "Expecting"),
+        ("PUT", "/drives/a", {"drive_id": "b", "is_root_device": False}, "drive_id is 'b'"),
+        ("PUT", "/machine-config", {"vcpu_count": 3, "mem_size_mib": 64}, None),
+        ("PUT", "/actions", {"action_type": "InstanceStart"}, "InstanceStart without /boot-source"),
+        ("PUT", "/nothing", {}, "there is no PUT /nothing"),
+    ],
+    "cloud_hypervisor": [
+        ("GET", "/vmm.ping", None, None),
+        ("PUT", "/vm.create", {"cpus": {"boot_vcpus": 1, "max_vcpus": 1}}, "no payload"),
+        ("PUT", "/vm.create", {"payload": {"cmdline": "console"}, "memory": {"size": "1"}}, "no integer"),
+        ("PUT", "/vm.create", "{", "Expecting"),
+        ("PUT", "/nothing", {}, "there is no PUT"),
+    ],
+}
+
+
+@each_backend
+def test_a_fake_refuses_what_it_notes(tmp_path, backend):
+    """As the real one does, and in its words: what is wrong shows in the daemon, too."""
+    fake = harness.Fake(str(tmp_path), backend)
+    socket_path = str(tmp_path / "s")
+    (tmp_path / "log").touch()
+    arguments = {
+        "firecracker": ["--id", "x", "--api-sock", socket_path, "--log-path", tmp_path / "log"],
+        "cloud_hypervisor": ["--api-socket", f"path={socket_path}", "--event-monitor", f"path={tmp_path}/events"],
+    }[backend]
+    process = subprocess.Popen([os.path.join(fake.bin, fake.program), *arguments], stdin=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: os.path.exists(socket_path), "it listens")
+        for method, path, body, words in WRONG[backend]:
+            noted = len(fake.violations())
+            text = body if isinstance(body, str) else None if body is None else json.dumps(body)
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            wait_for(lambda c=connection: c.sock.connect_ex(socket_path) == 0, "it takes connections")
+            connection.request(method, ("/api/v1" if backend == "cloud_hypervisor" else "") + path, text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            said = json.loads(answer.read() or "null")
+            connection.close()
+            if words is None:
+                assert answer.status < 300 and len(fake.violations()) == noted
+                continue
+            assert answer.status == (404 if "nothing" in path and backend == "cloud_hypervisor" else 400)
+            said = said["fault_message"] if backend == "firecracker" else ": ".join(said)
+            assert words in said
+            assert "SMT" in words or len(fake.violations()) > noted
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def test_firecracker_has_odd_numbers_of_cpus(host):
+    """Only with SMT, which is not asked for, it would want an even number."""
+    one = host("firecracker", options="vcpus=3")
+    one.boot("box")
+    assert '"vcpu_count":3' in " ".join(one.fake().requests())
 
 
 @each_backend
@@ -365,7 +432,7 @@ def test_openssh_uses_the_vsock(host, backend, tmp_path):
 def test_connect_says_what_is_wrong(host, tmp_path):
     one = host("firecracker")
     guest = one.boot("box")
-    socket = guest.info()["vsock_socket"]
+    vsock = guest.info()["vsock_socket"]
 
     def connect(*arguments):
         done = subprocess.run([harness.VMSFS, "--connect", *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True)
@@ -373,10 +440,10 @@ def test_connect_says_what_is_wrong(host, tmp_path):
         return done.stderr
 
     assert "No such file" in connect(str(tmp_path / "none"), "22")
-    assert "no port" in connect(socket, "ssh")
+    assert "no port" in connect(vsock, "ssh")
     assert "File name too long" in connect("/" + "x" * 200, "22")
     one.fake().do_wrong(vsock="refuse")
-    assert "does not answer" in connect(socket, "22")
+    assert "does not answer" in connect(vsock, "22")
 
 
 # ---- which backend ----

@@ -7,7 +7,7 @@ Their folder, given by the wrapper that the tests put into PATH, holds:
 
     spec.json    the specification
     faults       JSON, what to do wrong: {"PUT /boot-source": "400"}; looked at at each request, "vsock" at each connection
-    violations   what the daemon has done wrong, a line each: any fails the test
+    violations   what the daemon has done wrong, a line each: any fails the test. It is refused as well, as the real ones do
     requests     each request, as METHOD PATH and its body
     guests/      of each process
 
@@ -49,6 +49,7 @@ class Vmm:
     """A fake is a subclass: it has `server`, `options`, error_body() and handle()."""
 
     server = None
+    unknown = 400  # status for what it has not
     machine = None  # of machine.py
     vsock_acknowledge = b"OK 1073741824\n"
 
@@ -70,7 +71,7 @@ class Vmm:
 
     # ---- what the tests are told ----
 
-    def violation(self, text):
+    def note_violation(self, text):
         with open(os.path.join(self.folder, "violations"), "a", encoding="utf-8") as f:
             f.write(f"{type(self).__name__} {os.getpid()}: {text}\n")
 
@@ -84,6 +85,11 @@ class Vmm:
                 return json.load(f).get(what)
         except FileNotFoundError:
             return None
+
+    def violation(self, *texts):
+        for text in texts:
+            self.note_violation(text)
+        raise Refusal(400, *texts)
 
     # ---- to be used by the subclasses ----
 
@@ -138,6 +144,8 @@ class Vmm:
                 try:
                     while self.serve_one(connection):
                         pass
+                except Refusal as refusal:  # of what cannot be read as a request
+                    connection.sendall(self.print_answer(refusal.status, self.error_body(refusal.words)))
                 except (ConnectionError, EOFError):
                     pass
 
@@ -147,7 +155,7 @@ class Vmm:
             part = connection.recv(65536)
             if not part:
                 if data:
-                    self.violation(f"a request that ends in the middle: {data!r}")
+                    self.note_violation(f"a request that ends in the middle: {data!r}")
                 raise EOFError
             data += part
             self.require(len(data) < 65536, "a request without end")
@@ -173,11 +181,12 @@ class Vmm:
     def serve_one(self, connection):
         method, path, body = self.read_request(connection)
         name = f"{method} {path.removeprefix(self.spec.base)}"
-        if path == "/actions" and body:
-            name += " " + str(json.loads(body).get("action_type"))
-        self.note(f"{method} {path} {body.decode()}")
-        for problem in self.spec.check_request(method, path, body):
-            self.violation(problem)
+        self.note(f"{method} {path} {body.decode(errors='replace')}")
+        problems = self.spec.check_request(method, path, body)
+        for problem in problems:
+            self.note_violation(problem)
+        if path == "/actions" and not problems:
+            name += " " + json.loads(body)["action_type"]
         fault = self.fault(name)
         if fault == "hang":
             while connection.recv(65536):
@@ -197,6 +206,9 @@ class Vmm:
             status, answer = 204, None
         elif fault == "text":
             status, answer = 500, "plain words about what is wrong\x1b[31m"
+        elif problems:
+            status = 400 if self.spec.operation(method, path) else self.unknown
+            answer = self.error_body(problems)
         else:
             status, answer = self.answer(method, path, body)
         if fault == "no json":
@@ -220,17 +232,14 @@ class Vmm:
         return True
 
     def answer(self, method, path, body):
-        operation = self.spec.operation(method, path)
-        if not operation:
-            return 404, self.error_body(["Not Found"])
+        _, template, parts = self.spec.operation(method, path)
         try:
-            _, template, parts = operation
             value = self.handle(method, template, parts, json.loads(body) if body else None)
         except Refusal as refusal:
             return refusal.status, self.error_body(refusal.words)
         status = 204 if value is None else 200
         for problem in self.spec.check_answer(method, path, status, value):
-            self.violation(problem)
+            self.note_violation(problem)
         return status, value
 
     def print_answer(self, status, value):
@@ -255,11 +264,12 @@ class Vmm:
                 part = host.recv(1)
                 if not part or len(line) > 31:
                     if line:
-                        self.violation(f"the vsock was asked for {line + part!r}")
+                        self.note_violation(f"the vsock was asked for {line + part!r}")
                     return
                 line += part
             if line != b"CONNECT 22\n":
-                self.violation(f"the vsock was asked for {line!r}")
+                self.note_violation(f"the vsock was asked for {line!r}")
+                return
             if fault == "refuse" or not self.guest.started:
                 return
             if fault == "garbage":
@@ -321,4 +331,8 @@ def run(vmm_class, argv):
             sys.exit(2)
         options[name] = next(names)
     vmm = vmm_class(folder)
-    vmm.main(options)
+    try:
+        vmm.main(options)
+    except Refusal as refusal:  # of its command line
+        print(f"error: {': '.join(refusal.words)}", file=sys.stderr)
+        vmm.end(1)
