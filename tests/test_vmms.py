@@ -373,6 +373,33 @@ def test_a_guest_that_resets_has_ended(host, backend):
         assert "restarted" in guest.error()
 
 
+@pytest.mark.parametrize("how", ["many", "halves", "truncated", "replaced"])
+def test_a_reset_is_seen_however_much_was_noted_before(host, how):
+    """Cloud Hypervisor notes it in a file that grows as long as it runs."""
+    one = host("cloud_hypervisor")
+    guest = one.boot("box")
+    events = os.path.join(one.state, "vms", "box", "events.log")
+    one.fake().do_wrong(events=how)
+    if how == "replaced":
+        guest.ssh("true")
+        text = read(events)
+        for words in ("resumed", "rebooting"):  # the second replaces what has replaced it
+            write(events + ".new", text + json.dumps({"source": "vm", "event": words}))
+            os.rename(events + ".new", events)
+            if words == "resumed":
+                assert guest.exec("echo on") == b"on\n" and guest.status() == "running"
+    elif how == "truncated":
+        os.truncate(events, 0)
+        assert guest.exec("echo on") == b"on\n"
+        with open(events, "a", encoding="ascii") as f:
+            f.write('"rebooting"')
+    else:
+        guest.ssh("reboot", check=False)
+    guest.close()
+    wait_for(lambda: guest.status() == "failed", "it has ended")
+    assert "restarted" in guest.error()
+
+
 @each_backend
 def test_a_panic_is_named(host, backend):
     one = host(backend)

@@ -10,6 +10,7 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/log.h"
+#include "vmm/event_log.h"
 #include "vmm/host.h"
 #include "vmm/http.h"
 #include "vmm/process.h"
@@ -21,7 +22,6 @@
 
 #define REST_MARGIN_MS 200
 #define REST_CONSOLE_TAIL 4096 /* of the console, where a kernel's last words are looked for */
-#define REST_EVENTS_MAX (1024 * 1024)
 
 enum rest_stage {
     STAGE_STARTING,
@@ -38,12 +38,12 @@ struct rest {
     uv_loop_t *loop;
     struct vmm_events events;
     void *arg;
-    struct process *process; /* owned; NULL until spawned */
-    struct http *http;       /* owned */
-    uv_timer_t deadline;     /* of the stage */
-    uv_timer_t retry;        /* looks for the socket, or presses the power button, again */
-    uv_fs_event_t watch;     /* of the event log */
-    unsigned handles;        /* of these three, not yet closed */
+    struct process *process;     /* owned; NULL until spawned */
+    struct http *http;           /* owned */
+    uv_timer_t deadline;         /* of the stage */
+    uv_timer_t retry;            /* looks for the socket, or presses the power button, again */
+    unsigned handles;            /* of these two, not yet closed */
+    struct event_log *event_log; /* owned; NULL: this VMM notes none */
     enum rest_stage stage;
     bool adopted;
     bool booted; /* it has the machine, and the guest's CPUs were started */
@@ -55,7 +55,7 @@ struct rest {
     bool pause_asked; /* and what the VMM was */
     void (*paused)(void *arg, int status, const char *why);
     char *socket, *vsock, *log, *console; /* owned; paths */
-    char *event_log, *own_log;            /* owned; paths, or NULL */
+    char *event_path, *own_log;           /* owned; paths, or NULL */
     unsigned vsock_port;
     char killed_for[700]; /* why it had or will have to be killed; or empty */
 };
@@ -75,7 +75,7 @@ static void rest_on_handle_closed(uv_handle_t *handle) {
     free(r->vsock);
     free(r->log);
     free(r->console);
-    free(r->event_log);
+    free(r->event_path);
     free(r->own_log);
     free(r);
 }
@@ -89,7 +89,7 @@ void rest_release(struct vmm *vmm) {
     process_release(r->process);
     uv_close((uv_handle_t *)&r->deadline, rest_on_handle_closed);
     uv_close((uv_handle_t *)&r->retry, rest_on_handle_closed);
-    uv_close((uv_handle_t *)&r->watch, rest_on_handle_closed);
+    event_log_close(r->event_log);
 }
 
 static void rest_unlink(const struct rest *r) {
@@ -135,7 +135,8 @@ static void rest_on_exited(void *arg, const char *how) {
     r->stage = STAGE_EXITED;
     uv_timer_stop(&r->deadline);
     uv_timer_stop(&r->retry);
-    uv_fs_event_stop(&r->watch);
+    event_log_close(r->event_log);
+    r->event_log = NULL;
     http_close(r->http);
     r->http = NULL;
     rest_unlink(r);
@@ -253,23 +254,14 @@ static void rest_look(uv_timer_t *timer) {
 
 /* A VMM that starts the guest anew when it resets, where the host would have to put in what is
  * particular to the VM, is ended instead, as QEMU ends. */
-static void rest_read_events(struct rest *r) {
-    char block[4096];
-    cleanup_buf struct buf text = {0};
-    cleanup_close int fd = open(r->event_log, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    ssize_t n = 0;
-    while (fd >= 0 && text.len < REST_EVENTS_MAX && (n = read(fd, block, sizeof block)) > 0)
-        buf_append(&text, block, (size_t)n);
-    if (text.len &&
-        memmem(text.data, text.len, r->dialect->restarted, strlen(r->dialect->restarted)))
-        rest_kill_for(r, "the guest has restarted, or its kernel has panicked");
+static void rest_on_restarted(void *arg) {
+    rest_kill_for(arg, "the guest has restarted, or its kernel has panicked");
 }
 
-static void rest_on_event(uv_fs_event_t *watch, const char *name, int events, int status) {
-    struct rest *r = watch->data;
-    (void)name, (void)events;
-    if (status == 0 && r->stage < STAGE_KILLED)
-        rest_read_events(r);
+static int rest_watch_events(struct rest *r) {
+    return r->event_path ? event_log_open(r->loop, r->event_path, r->dialect->restarted,
+                                          rest_on_restarted, r, &r->event_log)
+                         : 0;
 }
 
 /* ---- stopping ---- */
@@ -420,18 +412,17 @@ static int rest_new(const struct rest_dialect *dialect, uv_loop_t *loop,
         .loop = loop,
         .events = *events,
         .arg = arg,
-        .handles = 3,
+        .handles = 2,
         .vsock_port = config->vsock_port,
         .socket = strdup(socket),
         .log = host_join(config->dir, "vmm.log"),
         .console = host_join(config->dir, "serial.log"),
-        .event_log = dialect->event_log ? host_join(config->dir, dialect->event_log) : NULL,
+        .event_path = dialect->event_log ? host_join(config->dir, dialect->event_log) : NULL,
         .own_log = dialect->own_log ? host_join(config->dir, dialect->own_log) : NULL,
     };
     uv_timer_init(loop, &r->deadline); /* these cannot fail */
     uv_timer_init(loop, &r->retry);
-    uv_fs_event_init(loop, &r->watch);
-    r->deadline.data = r->retry.data = r->watch.data = r;
+    r->deadline.data = r->retry.data = r;
     int status = asprintf(&r->vsock, "%s.vsock", socket) < 0 ? -ERR_NO_MEMORY : 0;
     if (status < 0)
         r->vsock = NULL;
@@ -489,10 +480,10 @@ int rest_create(const struct rest_dialect *dialect, uv_loop_t *loop,
         status = r->plan.failed;
     if (status == 0 && r->own_log)
         status = rest_make_file(r->own_log);
-    if (status == 0 && r->event_log)
-        status = rest_make_file(r->event_log);
-    if (status == 0 && r->event_log)
-        status = uv_fs_event_start(&r->watch, rest_on_event, r->event_log, 0);
+    if (status == 0 && r->event_path)
+        status = rest_make_file(r->event_path);
+    if (status == 0)
+        status = rest_watch_events(r);
     if (status == 0) /* comes last: there is nothing to take back behind it */
         status = rest_spawn(r, config);
     if (status < 0) {
@@ -520,16 +511,14 @@ int rest_adopt(const struct rest_dialect *dialect, uv_loop_t *loop, const struct
     status = process_adopt(loop, saved, rest_on_exited, r, &r->process);
     if (status == -ESRCH)
         rest_unlink(r);
-    if (status == 0 && r->event_log)
-        status = uv_fs_event_start(&r->watch, rest_on_event, r->event_log, 0);
+    if (status == 0)
+        status = rest_watch_events(r);
     if (status < 0) {
         rest_release(&r->vmm);
         return status;
     }
     rest_set_deadline(r, REST_START_MS);
     rest_look(&r->retry);
-    if (r->event_log)
-        rest_read_events(r);
     *ret_vmm = &r->vmm;
     return 0;
 }

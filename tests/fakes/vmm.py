@@ -14,6 +14,7 @@ Their folder, given by the wrapper that the tests put into PATH, holds:
 Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "die after" (the answer),
 "garbage" (no HTTP), "no json", "flood" (an answer without end), "half" (of an answer), "slow" (byte by byte), "late" (1 s), "ignore"
 (says yes and does nothing). "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
+"events": "many" (before the one of a reset) or "halves" (of that one).
 """
 
 import json
