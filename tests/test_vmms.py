@@ -17,6 +17,7 @@ import harness
 from harness import (
     IMAGES,
     PROGRAMS,
+    TIMEOUT,
     Client,
     pid_alive,
     read,
@@ -200,6 +201,48 @@ def test_a_vmm_that_hangs_at_its_start_is_ended_in_time(host, backend, what):
     with takes_at_most(START + 3, "the failure"):
         error = fails_to_boot(one)
     assert ("no answer within" if what == "no answer" else "nobody listens on") in error
+
+
+@each_backend
+def test_a_vmm_that_is_slow_to_take_connections_is_waited_for(host, backend):
+    one = host(backend)
+    one.fake().do_wrong(start="crowded")
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    wait_for(lambda: sockets(one), "it listens")
+    with Client(["sh", "-c", 'echo running > "$1"', "sh", guest / "status"]) as client:
+        client.waits()
+        assert guest.status() == "booting" and one.fake().requests() == []
+        one.fake().do_wrong()
+        assert client.result(10)[0] == 0
+
+
+@each_backend
+def test_a_vmm_that_takes_no_connections_is_no_vmm_that_does_not_listen(host, backend):
+    one = host(backend)
+    one.fake().do_wrong(start="crowded")
+    with takes_at_most(START + 3, "the failure"):
+        error = fails_to_boot(one)
+    assert "it takes no connections" in error and "nobody listens" not in error
+
+
+@each_backend
+def test_a_vsock_that_is_slow_to_take_connections_is_waited_for(host, backend):
+    """As many connections as the guest has are not made by one who gives up at the first full queue."""
+    one = host(backend)
+    one.fake().do_wrong(vsock="crowded")
+    guest = one.boot("box")
+    with Client(f"echo true > {guest / 'exec'}") as client:
+        client.waits()
+        one.fake().do_wrong()
+        assert client.result(10) == (0, b"", "")
+    one.stop()
+    one.fake().do_wrong(vsock="crowded")
+    one.start()
+    wait_for(lambda: guest.status() == "running", "it was adopted")
+    with refused("ETIMEDOUT"):
+        write(guest / "exec", "true")
+    assert "it takes no connections" in guest.error()
 
 
 @each_backend
@@ -468,7 +511,7 @@ def test_connect_says_what_is_wrong(host, tmp_path):
 
     assert "No such file" in connect(str(tmp_path / "none"), "22")
     assert "no port" in connect(vsock, "ssh")
-    assert "File name too long" in connect("/" + "x" * 200, "22")
+    assert "No such file" in connect("/" + "x" * 200, "22")
     one.fake().do_wrong(vsock="refuse")
     assert "does not answer" in connect(vsock, "22")
 
@@ -648,6 +691,68 @@ def test_a_jailed_firecracker_without_a_daemon_is_ended(jailed):
     one.start()
     wait_for(lambda: not pid_alive(pid), "what was left is ended")
     guest.wait("running")
+
+
+class Trap:
+    """A socket of somebody else's, to which a jailed VMM would have root connect."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(self.path)
+        self.listener.listen(100)
+        self.listener.setblocking(False)
+
+    def take_the_place_of(self, path, how):
+        os.rename(path, path + ".own")
+        if how == "link":
+            os.symlink(self.path, path)
+        else:
+            os.link(self.path, path)
+
+    def heard(self):
+        """What those who have connected have said."""
+        found = []
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except BlockingIOError:
+                return found
+            with connection:
+                connection.settimeout(5)
+                found.append(connection.recv(100))
+
+
+@pytest.mark.parametrize("how", ["link", "socket"])
+def test_a_jailed_vmm_cannot_lead_root_to_another_socket(jailed, tmp_path, how):
+    trap = Trap(tmp_path / "trap")
+    one = jailed()
+    guest = one.boot("box")
+    guest.close()
+    folder = os.path.join(one.state, "vms/box/jail/firecracker")
+    root = os.path.join(folder, os.listdir(folder)[0], "root")
+    heard = [] if how == "link" else [b""]  # a connection that is closed at once
+    words = "what is there is not the VMM's socket"
+
+    trap.take_the_place_of(os.path.join(root, "api.sock"), how)
+    with refused("EACCES"):
+        write(guest / "status", "paused")
+    assert words in guest.error() and trap.heard() == heard
+    os.rename(os.path.join(root, "api.sock.own"), os.path.join(root, "api.sock"))
+    write(guest / "status", "paused")
+    write(guest / "status", "running")
+
+    one.kill()
+    trap.take_the_place_of(os.path.join(root, "vsock.sock"), how)
+    one.start()
+    wait_for(lambda: words in guest.error(), "the connection is refused", TIMEOUT + 5)
+    assert guest.status() == "unreachable"
+    assert set(trap.heard()) == set(heard)
+    if how == "link":
+        done = subprocess.run(["ssh", "-F", guest / "ssh_config", "box", "true"], capture_output=True, timeout=20, text=True)
+        assert done.returncode == 255 and words in done.stderr and trap.heard() == []
+    os.rename(os.path.join(root, "vsock.sock.own"), os.path.join(root, "vsock.sock"))
+    wait_for(lambda: guest.status() == "running", "it is reached", 20)
 
 
 def test_a_jail_that_cannot_be_says_why(host):

@@ -193,6 +193,7 @@ bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
         .address = endpoint.address,
         .address_length = endpoint.length,
         .vsock_port = endpoint.vsock_port,
+        .peer = endpoint.peer,
         .user = vm->user,
         .key_path = machine_key_path(vm),
         .host_key = (const uint8_t *)(vm->host_key.data ? vm->host_key.data : ""),

@@ -464,7 +464,10 @@ static int rest_spawn(struct rest *r, const struct vmm_config *config) {
         .output = r->console,
         .fds = {-1, -1},
     };
-    return process_spawn(r->loop, &options, rest_on_exited, r, &r->process);
+    int status = process_spawn(r->loop, &options, rest_on_exited, r, &r->process);
+    if (status == 0)
+        http_set_peer(r->http, process_pid(r->process));
+    return status;
 }
 
 int rest_create(const struct rest_dialect *dialect, uv_loop_t *loop,
@@ -509,6 +512,8 @@ int rest_adopt(const struct rest_dialect *dialect, uv_loop_t *loop, const struct
     r->adopted = r->booted = true;
     r->vsock_port = (unsigned)json_integer_value(json_object_get(saved, "vsock_port"));
     status = process_adopt(loop, saved, rest_on_exited, r, &r->process);
+    if (status == 0)
+        http_set_peer(r->http, process_pid(r->process));
     if (status == -ESRCH)
         rest_unlink(r);
     if (status == 0)
@@ -541,7 +546,8 @@ bool rest_endpoint(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint) {
     if (!r->booted || r->stage == STAGE_EXITED)
         return false;
     memcpy(address.sun_path, r->vsock, strlen(r->vsock)); /* rest_new() has looked at its length */
-    *ret_endpoint = (struct vmm_endpoint){.length = sizeof address, .vsock_port = r->vsock_port};
+    *ret_endpoint = (struct vmm_endpoint){
+        .length = sizeof address, .vsock_port = r->vsock_port, .peer = process_pid(r->process)};
     memcpy(&ret_endpoint->address, &address, sizeof address);
     return true;
 }

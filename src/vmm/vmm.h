@@ -60,7 +60,8 @@ struct vmm_events {
 struct vmm_endpoint {
     struct sockaddr_storage address;
     socklen_t length;
-    unsigned vsock_port; /* not 0: the address is a VMM's UNIX socket, to be asked for this port */
+    unsigned vsock_port; /* not 0: the address is a VMM's UNIX socket, to be asked for this port, */
+    pid_t peer;          /* at which this process has to listen */
 };
 
 /* What a backend can, and what it asks for, beyond what all do. */

@@ -13,7 +13,8 @@ Their folder, given by the wrapper that the tests put into PATH, holds:
 
 Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "die after" (the answer),
 "garbage" (no HTTP), "no json", "flood" (an answer without end), "half" (of an answer), "slow" (byte by byte), "late" (1 s), "ignore"
-(says yes and does nothing). "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
+(says yes and does nothing). "crowded", as "start" or, once the guest was reached, as "vsock": more wait for a connection than it
+takes. "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
 "events": "many" (before the one of a reset) or "halves" (of that one).
 """
 
@@ -52,6 +53,7 @@ class Vmm:
     server = None
     unknown = 400  # status for what it has not
     machine = None  # of machine.py
+    crowding = False
     vsock_acknowledge = b"OK 1073741824\n"
 
     def __init__(self, folder):
@@ -108,6 +110,29 @@ class Vmm:
         listener.listen(128)
         return listener
 
+    def crowd(self, listener, what, full=None):
+        """As long as this fault is "crowded", more wait there than it takes. `full` is told when that is so."""
+        others = []
+        self.crowding = True
+        listener.listen(0)
+        while self.fault(what) == "crowded":
+            other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            other.setblocking(False)
+            try:
+                other.connect(listener.getsockname())
+                others.append(other)
+            except BlockingIOError:
+                other.close()
+                if full:
+                    full.set()
+                time.sleep(0.02)
+        if full:
+            full.set()
+        for other in others:
+            other.close()
+        listener.listen(128)
+        self.crowding = False
+
     def require(self, condition, text):
         if not condition:
             self.violation(text)
@@ -139,6 +164,7 @@ class Vmm:
             self.end(1)
         time.sleep(0.5 if self.fault("start") == "late" else 0)
         listener = self.listen(path)
+        self.crowd(listener, "start")
         while True:
             connection, _ = listener.accept()
             with connection:
@@ -254,10 +280,13 @@ class Vmm:
 
     def serve_vsock(self, listener):
         while True:
+            if not select.select([listener], [], [], 0.1)[0] or self.crowding:
+                time.sleep(0.02 if self.crowding else 0)
+                continue
             connection, _ = listener.accept()
-            threading.Thread(target=self.serve_vsock_connection, args=(connection,), daemon=True).start()
+            threading.Thread(target=self.serve_vsock_connection, args=(connection, listener), daemon=True).start()
 
-    def serve_vsock_connection(self, host):
+    def serve_vsock_connection(self, host, listener):
         fault = self.fault("vsock")
         line = b""
         with host:
@@ -284,6 +313,10 @@ class Vmm:
                 guest = self.guest.connect()
             except OSError:
                 return  # nobody listens there: the connection is closed, as the real ones do
+            if fault == "crowded":
+                full = threading.Event()
+                threading.Thread(target=self.crowd, args=(listener, "vsock", full), daemon=True).start()
+                full.wait()
             with guest:
                 for byte in self.vsock_acknowledge:
                     host.sendall(bytes([byte]))
