@@ -560,6 +560,71 @@ def test_auto_takes_the_first_that_works_and_says_why(host):
         assert info["backend"] == backend and words in info["backend_note"]
 
 
+@pytest.mark.parametrize(
+    "settings, backend, words",
+    [
+        ({"vcpus": "33"}, "cloud_hypervisor", "not firecracker: it has 32 CPUs at most"),
+        ({"vcpus": "32"}, "firecracker", "with KVM"),
+        ({"cpu_model": "T2"}, "firecracker", "with KVM"),
+        ({"cpu_model": "max"}, "qemu", "not firecracker: config/cpu_model is none of its templates"),
+        ({"cpu_model": "max", "vcpus": "64"}, "qemu", "not cloud_hypervisor: it has no use for config/cpu_model"),
+        ({"tap": "lo"}, "firecracker", "with KVM"),
+        ({"tap": "lo", "vcpus": "64"}, "cloud_hypervisor", "not firecracker: it has 32 CPUs at most"),
+    ],
+)
+def test_auto_takes_the_first_that_can_do_what_is_asked(host, settings, backend, words):
+    one = host(*BACKENDS, env={})
+    guest = one.guest("box")
+    os.mkdir(one.vm(".new/box"))
+    for name, value in settings.items():
+        write(one.vm(f".new/box/config/{name}"), value)
+    os.rename(one.vm(".new/box"), guest.path)
+    info = wait_for(lambda: guest.info() if guest.info()["backend"] != "auto" else None, "it was decided", 20)
+    assert info["backend"] == backend and words in info["backend_note"]
+
+
+def test_what_none_can_do_is_said_of_each(host, tmp_path):
+    one = host(*BACKENDS, env={})
+    os.mkdir(one.vm(".new/x"))
+    write(one.vm(".new/x/config/cpu_model"), "no-such-cpu")
+    write(one.vm(".new/x/config/tap"), "lo")
+    with refused("ENODEV"):
+        os.rename(one.vm(".new/x"), one.vm("x"))
+    error = read(one.vm(".new/x/error"))
+    for words in (
+        "no backend here can boot this",
+        "not firecracker: config/cpu_model is none of its templates",
+        "not cloud_hypervisor: it has no use for config/cpu_model",
+        "not qemu: it has no use for config/tap (empty it), it knows no such CPU as in config/cpu_model",
+    ):
+        assert words in error
+    assert "no-such-cpu" not in error
+    os.rmdir(one.vm(".new/x"))
+    # In a VM that is made at once, and as the defaults of a mount.
+    write(one.vm(".defaults/config/cpu_model"), "no-such-cpu")
+    write(one.vm(".defaults/config/backend"), "qemu")
+    assert "qemu cannot boot this: it knows no such CPU" in fails_to_boot(one)
+    assert "no backend here can boot this: not firecracker" in why_none(tmp_path, "jail_user=nobody", env={"VMSFS_KVM": "no"}, fakes=BACKENDS)
+
+
+def test_a_program_that_is_gone_is_looked_for_again(host):
+    one = host(*BACKENDS, env={})
+    one.boot("first")
+    program = os.path.join(one.fakes["firecracker"].bin, "firecracker")
+    os.rename(program, program + ".gone")
+    info = one.boot("second").info()
+    assert info["backend"] == "cloud_hypervisor" and "not firecracker: there is no firecracker in PATH" in info["backend_note"]
+    for name in one.vms():
+        os.rmdir(one.vm(name))
+    write(one.vm(".defaults/config/backend"), "firecracker")
+    assert "there is no firecracker in PATH" in fails_to_boot(one)
+    # Another version in its place is noticed, too.
+    one.fakes["firecracker"].install('#!/bin/sh\necho "Firecracker v1.2.0"\n')
+    assert "version 1.2" in fails_to_boot(one)
+    os.rename(program + ".gone", program)
+    assert one.boot("third").info()["backend_note"] == "Firecracker 1.10 with KVM"
+
+
 def test_auto_takes_qemu_where_there_is_no_kvm_and_settings_overrule_it(host):
     one = host(*BACKENDS, env={"VMSFS_KVM": "no"})
     guest = one.guest("box")
@@ -591,8 +656,11 @@ def old_image(tmp_path):
     return str(folder)
 
 
-def test_an_image_without_vsock(host, old_image):
-    one = host("firecracker", options=f"image={old_image}")
+def test_an_image_without_vsock(host, old_image, tmp_path):
+    error = why_none(tmp_path, f"backend=firecracker,image={old_image}", env={"VMSFS_KVM": "yes"}, fakes=["firecracker"])
+    assert '"vsock"' in error and "contrib/guest/tiny" in error
+    one = host("firecracker")
+    write(one.vm(".defaults/config/image"), old_image)
     error = fails_to_boot(one)
     assert '"vsock"' in error and "contrib/guest/tiny" in error
     one = host("firecracker", options=f"image={old_image}", env={})
@@ -646,11 +714,11 @@ def test_a_proxy_of_the_environment_is_not_asked(host, backend):
 
 @pytest.fixture
 def jailed(host):
-    def make(**kwargs):
-        one = host("firecracker", options="jail_user=nobody,disk=16", **kwargs)
+    def make(start=True):
+        one = host("firecracker", options="jail_user=nobody,disk=16", start=False)
         fake = one.fake()
         fake.install(f'#!/bin/sh\nexec {harness.FAKES}/jailer {fake.path} "$@"\n', "jailer")
-        return one
+        return one.start() if start else one
 
     return make
 
@@ -756,11 +824,13 @@ def test_a_jailed_vmm_cannot_lead_root_to_another_socket(jailed, tmp_path, how):
 
 
 def test_a_jail_that_cannot_be_says_why(host):
-    one = host("firecracker", options="jail_user=nobody")
+    one = host("firecracker")
+    write(one.vm(".defaults/config/jail_user"), "nobody")
     assert "no jailer in PATH" in fails_to_boot(one)
     one.fake().install("#!/bin/sh\nexit 1\n", "jailer")
     write(one.vm(".defaults/config/jail_user"), "no-such-user")
-    assert "no user no-such-user" in fails_to_boot(one)
+    error = fails_to_boot(one)
+    assert "no such user as in config/jail_user" in error and "no-such-user" not in error
 
 
 # ---- the image, as a whole ----

@@ -578,11 +578,51 @@ static int qemu_check(char **ret_why) {
     return status;
 }
 
+/* Whether `-cpu help`, "x86 NAME …" or "  NAME …" a line, has this name. */
+static bool qemu_help_has_cpu(const char *help, const char *name, size_t length) {
+    for (const char *line = help; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+        const char *word = line;
+        if (strncmp(word, "x86 ", 4) == 0)
+            word += 4;
+        word += strspn(word, " ");
+        if (strncmp(word, name, length) == 0 && strchr(" \r\n", word[length]))
+            return true;
+    }
+    return false;
+}
+
+/* `model`, and features behind commas; those it looks at when it starts. */
+static bool qemu_has_cpu(const char *model) {
+    cleanup_free char *program = NULL;
+    cleanup_buf struct buf help = {0};
+    if (qemu_program_find(&program) < 0)
+        return true; /* which is another matter */
+    char *argv[] = {program, (char[]){"-cpu"}, (char[]){"help"}, NULL};
+    if (process_run(program, argv, 5000, &help) != 0 || !help.len ||
+        !qemu_help_has_cpu(help.data, "max", 3))
+        return true; /* it does not say so, or not in these words */
+    return qemu_help_has_cpu(help.data, model, strcspn(model, ","));
+}
+
+static void qemu_add_misfits(const struct vmm_config *config, struct buf *out) {
+    const char *model = config->cpu_model ? config->cpu_model : "";
+    if (strcspn(model, ",") == 4 && strncmp(model, "host", 4) == 0) {
+        if (!host_has_kvm(NULL))
+            vmm_add_misfit(out, "config/cpu_model asks for the host's CPU, which takes KVM (max is "
+                                "the most without)");
+    } else if (model[0] && !qemu_has_cpu(model)) {
+        vmm_add_misfit(out, "it knows no such CPU as in config/cpu_model (qemu-system-x86_64 -cpu "
+                            "help lists them; empty it)");
+    }
+}
+
 const struct vmm_ops qemu_ops = {
     .name = "qemu",
     .traits = VMM_CPU_MODEL,
     .templates = &qemu_template_ops,
     .check = qemu_check,
+    .find_program = qemu_program_find,
+    .add_misfits = qemu_add_misfits,
     .create = qemu_create,
     .adopt = qemu_adopt,
     .end_strays = qemu_end_strays,

@@ -107,6 +107,14 @@ struct vmm_ops {
      * thread pool, once at a time. */
     int (*check)(char **ret_why);
 
+    /* The program that check() looks at, an absolute path that the caller frees; -ENOENT: it is not
+     * there. NULL: there is none. At once. */
+    int (*find_program)(char **ret_path);
+
+    /* Adds, with vmm_add_misfit(), what of this it cannot do beyond what `traits` say. May be NULL,
+     * and may start programs and wait for them. */
+    void (*add_misfits)(const struct vmm_config *config, struct buf *out);
+
     /* What has to be done before create() and takes its time: called in the thread pool. On error
      * *ret_why is a sentence (the caller frees it). May be NULL. */
     int (*prepare)(const struct vmm_config *config, char **ret_why);
@@ -162,17 +170,20 @@ struct vmm {
     const struct vmm_ops *ops;
 };
 
-/* The backend called `name`; "auto" is the first that works here, and can do with a guest that has
- * no vsock if this one has none. -EINVAL for a name that is none, -EOPNOTSUPP for one that does not
- * work here. *ret_why as in check(), for "auto" also why the ones before it are not taken. From any
- * thread; may start programs and wait for them. */
-int vmm_find(const char *name, bool vsock, const struct vmm_ops **ret_ops, char **ret_why);
+/* The backend called `name`, for booting this; "auto" is the first that works here and can boot it.
+ * With NULL, which is for when that is not known yet, it has to work here. -EINVAL for a name that
+ * is none, -EOPNOTSUPP for one that does not work here or cannot boot this. *ret_why as in check(),
+ * for "auto" also why the ones before it are not taken, on error why each is not. From any thread;
+ * may start programs and wait for them. */
+int vmm_find(const char *name, const struct vmm_config *config, const struct vmm_ops **ret_ops,
+             char **ret_why);
+
+/* For add_misfits(): what it cannot do, a few words that name the setting, without its value, and
+ * with the remedy in parentheses. */
+void vmm_add_misfit(struct buf *out, const char *words);
 
 /* How much of a *ret_why is about the backend that was found, not about those before it. */
 size_t vmm_brief_length(const char *why);
-
-/* Can this backend boot this? -EOPNOTSUPP with a sentence that names the setting. */
-int vmm_check_config(const struct vmm_ops *ops, const struct vmm_config *config, char **ret_why);
 
 /* end_strays() of all backends. Returns how many were ended. */
 unsigned vmm_end_strays(const char *dir);
