@@ -184,12 +184,16 @@ def test_a_boot_that_goes_wrong_says_how_and_leaves_nothing(host, backend, reque
     name = request_.removesuffix(" InstanceStart").replace(" /v", " /api/v1/v" if backend == "cloud_hypervisor" else " /v")
     assert name in error and TITLES[backend] in error
     assert {
-        "400": "status 400: ", "text": "status 500: plain words about what is wrong", "garbage": "no HTTP", "half": "closed before",
+        "400": "with status 400", "text": "with status 500", "garbage": "no HTTP", "half": "closed before",
         "flood": "has more than 1048576 bytes",
     }[fault] in error  # fmt: skip
     assert "\x1b" not in error
-    if fault == "400":
-        assert "the fake was told to refuse: as it was asked to" in error
+    said = {"400": "the fake was told to refuse: as it was asked to", "text": "plain words about what is wrong"}.get(fault)
+    if said:
+        # What it has said may quote what it was told: no business of the log.
+        assert f"It said: {'Error from API: ' if (fault, backend) == ('400', 'cloud_hypervisor') else ''}{said}" in error
+        log = read(one.log)
+        assert said not in log and f"{name}: it was refused with status" in log and "(in its `error`)" in log
 
 
 @each_backend
@@ -251,6 +255,19 @@ def test_a_vmm_that_cannot_start_is_quoted(host, backend):
     one.fake().do_wrong(start="die")
     with takes_at_most(3, "the failure"):
         assert "fake: it cannot start today" in fails_to_boot(one)
+
+
+@each_backend
+@pytest.mark.parametrize("how", ["says so", "ends without a word", "hangs"])
+def test_what_to_do_about_a_kvm_that_boots_nothing(host, backend, how):
+    one = host(backend, boot_timeout=2)
+    one.fake().do_wrong(**{"says so": {"start": "no kvm"}, "ends without a word": {BOOT[backend][-1]: "end"}, "hangs": {"vsock": "refuse"}}[how])
+    error = fails_to_boot(one)
+    assert "VMSFS_KVM=no in the daemon's environment" in error and "qemu in config/backend" in error
+    assert ("Cannot open /dev/kvm" in error) == (how == "says so")
+    # Nor is it at fault for everything.
+    one.fake().do_wrong(start="die")
+    assert "VMSFS_KVM" not in fails_to_boot(one)
 
 
 @each_backend

@@ -170,7 +170,8 @@ static int http_explain(const struct http_call *call, CURLcode result, struct bu
 }
 
 /* Ends the first call. `why` is the sentence without its beginning. */
-static void http_end(struct http *http, int status, const json_t *json, const struct buf *why) {
+static void http_end(struct http *http, int status, const json_t *json, const struct buf *why,
+                     const char *words) {
     struct http_call *call = http_first(http);
     cleanup_buf struct buf text = {0};
     buf_printf(&text, "%s %s: %s", call->method, call->path, why->data ? why->data : "");
@@ -180,7 +181,8 @@ static void http_end(struct http *http, int status, const json_t *json, const st
         call->done(call->arg, status, status < 0 ? NULL : json,
                    status == 0                  ? ""
                    : text.failed || why->failed ? "out of memory"
-                                                : text.data);
+                                                : text.data,
+                   words);
     call_free(call);
 }
 
@@ -196,13 +198,13 @@ static void http_end_unconnected(struct http *http) {
              status == -EAGAIN       ? -ERR_TIMED_OUT
              : status == -ERR_DENIED ? -ERR_DENIED
                                      : -ERR_UNREACHABLE,
-             NULL, &why);
+             NULL, &why, "");
 }
 
 /* Ends the first call with what curl has of it. */
 static void http_answer(struct http *http, CURLcode result) {
     struct http_call *call = http_first(http);
-    cleanup_buf struct buf why = {0};
+    cleanup_buf struct buf why = {0}, words = {0};
     json_t *json = NULL;
     long code = 0;
     int status = 0;
@@ -215,10 +217,8 @@ static void http_answer(struct http *http, CURLcode result) {
         if (call->answer.len)
             json = json_loadb(call->answer.data, call->answer.len, JSON_DECODE_ANY, NULL);
         if (code < 200 || code > 299) {
-            cleanup_buf struct buf words = {0};
             words_find(json, &call->answer, &words);
-            buf_printf(&why, "it was refused with status %ld%s%s", code, words.len ? ": " : "",
-                       words.len ? words.data : "");
+            buf_printf(&why, "it was refused with status %ld", code);
             status = -ERR_IO;
         } else if (call->answer.len && !json) {
             buf_append_str(&why, "the answer is no JSON");
@@ -227,7 +227,7 @@ static void http_answer(struct http *http, CURLcode result) {
     } else {
         status = http_explain(call, result, &why);
     }
-    http_end(http, status, json, &why);
+    http_end(http, status, json, &why, words.len && !words.failed ? words.data : "");
     json_decref(json);
 }
 

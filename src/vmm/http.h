@@ -19,11 +19,13 @@ struct http;
 #define HTTP_ANSWER_MAX (1024 * 1024)
 
 /* The answer. `status` 0: the server has said yes (2xx), and `answer` is the borrowed JSON, NULL if
- * there was none. Else `why` is a sentence that begins with the request:
+ * there was none. Else `why` is a sentence that begins with the request, and `words` what the
+ * server has said to that, or "":
  * -ERR_UNREACHABLE: nobody listens there, or the connection was lost before the answer was here;
  * -ERR_TIMED_OUT: no answer, or it has not even taken the connection; -ERR_DENIED: it is another
  * who listens there; -ERR_IO: the server has said no, or something that cannot be understood. */
-typedef void http_done(void *arg, int status, const json_t *answer, const char *why);
+typedef void http_done(void *arg, int status, const json_t *answer, const char *why,
+                       const char *words);
 
 int http_open(uv_loop_t *loop, const char *socket, struct http **ret_http);
 

@@ -53,11 +53,12 @@ struct rest {
     bool pausing;     /* pause() is under way */
     bool pause_to;    /* what it was asked for last */
     bool pause_asked; /* and what the VMM was */
-    void (*paused)(void *arg, int status, const char *why);
+    vmm_paused *paused;
     char *socket, *vsock, *log, *console; /* owned; paths */
     char *event_path, *own_log;           /* owned; paths, or NULL */
     unsigned vsock_port;
-    char killed_for[700]; /* why it had or will have to be killed; or empty */
+    char killed_for[256];   /* why it had or will have to be killed; or empty */
+    char killed_words[600]; /* and what it has said about that itself */
 };
 
 static struct rest *rest_of(const struct vmm *vmm) {
@@ -126,11 +127,12 @@ static void rest_on_exited(void *arg, const char *how) {
     else
         buf_printf(&why, "%s ended (%s)%s", title, how,
                    panicked ? ": the guest's kernel has panicked" : "");
-    process_last_words(r->log, &words);
+    if (r->stage == STAGE_KILLED)
+        buf_append_str(&words, r->killed_words);
+    if (!words.len)
+        process_last_words(r->log, &words);
     if (!words.len && r->own_log)
         process_last_words(r->own_log, &words);
-    if (words.len)
-        buf_printf(&why, "; its last words: %s", words.data);
 
     r->stage = STAGE_EXITED;
     uv_timer_stop(&r->deadline);
@@ -140,7 +142,8 @@ static void rest_on_exited(void *arg, const char *how) {
     http_close(r->http);
     r->http = NULL;
     rest_unlink(r);
-    r->events.exited(r->arg, in_order, why.failed ? title : why.data);
+    r->events.exited(r->arg, in_order, why.failed ? title : why.data,
+                     words.len && !words.failed ? words.data : "");
 }
 
 void rest_kill(struct vmm *vmm) {
@@ -162,6 +165,12 @@ static __attribute__((format(printf, 2, 3))) void rest_kill_for(struct rest *r, 
     vsnprintf(r->killed_for, sizeof r->killed_for, format, args);
     va_end(args);
     rest_kill(&r->vmm);
+}
+
+/* For an answer that is none. */
+static void rest_kill_for_answer(struct rest *r, const char *why, const char *words) {
+    snprintf(r->killed_words, sizeof r->killed_words, "%s", words);
+    rest_kill_for(r, "%s", why);
 }
 
 /* ---- the start ---- */
@@ -195,7 +204,8 @@ static void rest_become_ready(struct rest *r) {
     r->events.ready(r->arg);
 }
 
-static void rest_on_step(void *arg, int status, const json_t *answer, const char *why);
+static void rest_on_step(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words);
 
 static void rest_next_step(struct rest *r) {
     if (r->step == r->plan.step_count) {
@@ -210,7 +220,8 @@ static void rest_next_step(struct rest *r) {
         rest_kill_for(r, "out of memory");
 }
 
-static void rest_on_step(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_step(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words) {
     struct rest *r = arg;
     (void)answer;
     if (r->stage != STAGE_STARTING)
@@ -220,12 +231,13 @@ static void rest_on_step(void *arg, int status, const json_t *answer, const char
     else if (status == -ERR_UNREACHABLE) /* most likely it is about to end, with better words */
         snprintf(r->killed_for, sizeof r->killed_for, "%s", why), rest_set_deadline(r, 1000);
     else
-        rest_kill_for(r, "%s", why);
+        rest_kill_for_answer(r, why, words);
 }
 
 static void rest_look(uv_timer_t *timer);
 
-static void rest_on_look(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_look(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words) {
     struct rest *r = arg;
     (void)answer;
     if (r->stage != STAGE_STARTING)
@@ -239,7 +251,7 @@ static void rest_on_look(void *arg, int status, const json_t *answer, const char
         if (uv_timer_get_due_in(&r->deadline) > 2 * REST_MARGIN_MS)
             uv_timer_start(&r->retry, rest_look, REST_RETRY_MS, 0);
     } else if (!r->adopted)
-        rest_kill_for(r, "%s", why);
+        rest_kill_for_answer(r, why, words);
 }
 
 /* The socket is there when the VMM has made it. Any answer will do: Cloud Hypervisor has no state
@@ -266,11 +278,14 @@ static int rest_watch_events(struct rest *r) {
 
 /* ---- stopping ---- */
 
-static void rest_on_quit(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_quit(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words) {
     struct rest *r = arg;
+    cleanup_buf struct buf text = {0};
     (void)answer;
+    buf_printf(&text, "%s could not be told to quit: %s", r->dialect->title, why);
     if (status < 0 && status != -ERR_UNREACHABLE && r->stage == STAGE_QUIT)
-        rest_kill_for(r, "%s could not be told to quit: %s", r->dialect->title, why);
+        rest_kill_for_answer(r, text.failed ? "" : text.data, words);
 }
 
 static void rest_quit(struct rest *r) {
@@ -294,10 +309,11 @@ static void rest_press_power(uv_timer_t *timer) {
     rest_call(r, &r->dialect->power_button, NULL);
 }
 
-static void rest_on_state_at_stop(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_state_at_stop(void *arg, int status, const json_t *answer, const char *why,
+                                  const char *words) {
     struct rest *r = arg;
     const char *state = json_string_value(json_object_get(answer, "state"));
-    (void)why;
+    (void)why, (void)words;
     if (r->stage != STAGE_POWERDOWN)
         return;
     if (status == 0 && state && strcmp(state, "Paused") == 0)
@@ -356,40 +372,43 @@ static void rest_on_deadline(uv_timer_t *timer) {
 
 /* ---- pausing ---- */
 
-static void rest_on_state(void *arg, int status, const json_t *answer, const char *why);
+static void rest_on_state(void *arg, int status, const json_t *answer, const char *why,
+                          const char *words);
 
-static void rest_end_pause(struct rest *r, int status, const char *why) {
-    void (*done)(void *, int, const char *) = r->paused;
+static void rest_end_pause(struct rest *r, int status, const char *why, const char *words) {
+    vmm_paused *done = r->paused;
     r->paused = NULL;
     r->pausing = false;
     if (done && r->stage == STAGE_RUNNING)
-        done(r->arg, status, why);
+        done(r->arg, status, why, words);
 }
 
-static void rest_on_paused(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_paused(void *arg, int status, const json_t *answer, const char *why,
+                           const char *words) {
     struct rest *r = arg;
     (void)answer;
     if (status == 0 && r->pause_to != r->pause_asked) /* somebody has thought otherwise meanwhile */
         rest_call(r, &r->dialect->state, rest_on_state);
     else
-        rest_end_pause(r, status, why);
+        rest_end_pause(r, status, why, words);
 }
 
 /* What is so already is an error to Cloud Hypervisor: so the state is looked at first. */
-static void rest_on_state(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_state(void *arg, int status, const json_t *answer, const char *why,
+                          const char *words) {
     struct rest *r = arg;
     const char *state = json_string_value(json_object_get(answer, "state"));
     r->pause_asked = r->pause_to;
     if (status < 0 || !state)
-        rest_end_pause(r, status < 0 ? status : -ERR_IO, status < 0 ? why : "it has no state");
+        rest_end_pause(r, status < 0 ? status : -ERR_IO, status < 0 ? why : "it has no state",
+                       words);
     else if ((strcmp(state, "Paused") == 0) == r->pause_to)
-        rest_end_pause(r, 0, "");
+        rest_end_pause(r, 0, "", "");
     else
         rest_call(r, r->pause_to ? &r->dialect->pause : &r->dialect->resume, rest_on_paused);
 }
 
-void rest_pause(struct vmm *vmm, bool paused,
-                void (*done)(void *arg, int status, const char *why)) {
+void rest_pause(struct vmm *vmm, bool paused, vmm_paused *done) {
     struct rest *r = rest_of(vmm);
     r->paused = done;
     r->pause_to = paused;

@@ -16,6 +16,8 @@
 
 struct vmm;
 
+typedef void vmm_paused(void *arg, int status, const char *why, const char *words);
+
 /* What to boot. Borrowed for the call of create(). Paths are absolute. */
 struct vmm_config {
     const char *id;     /* the VM's name */
@@ -48,9 +50,10 @@ struct vmm_events {
     /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
     void (*ready)(void *arg);
     /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not
-     * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence
-     * for the user, with the VMM's own last words where there are some. */
-    void (*exited)(void *arg, bool powered_off, const char *why);
+     * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence,
+     * `words` what the VMM has said itself at last, or "": for the user alone and no log, as they
+     * may quote what it was told. */
+    void (*exited)(void *arg, bool powered_off, const char *why, const char *words);
     /* What keeps ready() from coming, or the endpoint from being the right one; the backend goes on
      * trying. */
     void (*trouble)(void *arg, const char *why);
@@ -142,10 +145,9 @@ struct vmm_ops {
     void (*stop)(struct vmm *vmm, unsigned powerdown_ms, unsigned quit_ms);
 
     /* Stops the guest's CPUs, or lets them go on; `done` (may be NULL) is told with the `arg` of
-     * the events, unless exited() or release() comes first. `why` is valid for the call. NULL: this
-     * backend cannot. */
-    void (*pause)(struct vmm *vmm, bool paused,
-                  void (*done)(void *arg, int status, const char *why));
+     * the events, unless exited() or release() comes first. `why`, and `words` as of exited(), are
+     * valid for the call. NULL: this backend cannot. */
+    void (*pause)(struct vmm *vmm, bool paused, vmm_paused *done);
 
     /* SIGKILL, now. The end is told by exited(). */
     void (*kill)(struct vmm *vmm);

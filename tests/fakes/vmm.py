@@ -11,7 +11,7 @@ Their folder, given by the wrapper that the tests put into PATH, holds:
     requests     each request, as METHOD PATH and its body
     guests/      of each process
 
-Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "die after" (the answer),
+Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "end" (in order), "die after" (the answer),
 "garbage" (no HTTP), "no json", "flood" (an answer without end), "half" (of an answer), "slow" (byte by byte), "late" (1 s), "ignore"
 (says yes and does nothing). "crowded", as "start" or, once the guest was reached, as "vsock": more wait for a connection than it
 takes. "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
@@ -162,6 +162,9 @@ class Vmm:
         if self.fault("start") == "die":
             print("fake: it cannot start today", file=sys.stderr)
             self.end(1)
+        if self.fault("start") == "no kvm":
+            print("fake: Cannot open /dev/kvm: No such device", file=sys.stderr)
+            self.end(1)
         time.sleep(0.5 if self.fault("start") == "late" else 0)
         listener = self.listen(path)
         self.crowd(listener, "start")
@@ -222,6 +225,8 @@ class Vmm:
         if fault == "die":
             print("fake: it dies in the middle", file=sys.stderr)
             self.end(1)
+        if fault == "end":
+            self.end(0)
         if fault == "garbage":
             connection.sendall(b"\x00\xff\x01 this is no HTTP\n" * 10)
             return False
