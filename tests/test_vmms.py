@@ -513,7 +513,36 @@ def test_openssh_uses_the_vsock(host, backend, tmp_path):
     done = subprocess.run(["ssh", *options, "box", "cat; exit 3"], input=big, capture_output=True, timeout=30)
     assert (done.returncode, done.stdout) == (3, big)
     write(guest / "status", "stopped")
-    assert read(guest / "ssh_config") == ""
+    assert subprocess.run(["scp", *options, "box:/tmp/big", tmp_path / "again"], capture_output=True, timeout=30).returncode == 255
+
+
+def test_ssh_to_a_vm_without_an_address_says_why_and_goes_nowhere(host, tmp_path):
+    """Not to a host of this name, were there one: `localhost` is."""
+    one = host("firecracker")
+    one.fake().do_wrong(start="hang")
+    guest = one.guest("localhost")
+
+    def ssh(**env):
+        argv = ["ssh", "-F", guest / "ssh_config", "localhost", "true"]
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True, env={**os.environ, **env}
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    os.mkdir(guest.path)
+    assert guest.status() == "booting"
+    assert ssh() == (255, "", "vmsfs: localhost is booting: `echo running > status` waits until it runs\n")
+    one.fake().do_wrong(start="die")
+    os.kill(wait_for(lambda: guest.info().get("pid"), "the VMM is there"), signal.SIGKILL)
+    wait_for(lambda: guest.status() == "failed", "it has failed")
+    failed = (255, "", "vmsfs: localhost is failed: its `error` says why, `echo running > status` starts it again\n")
+    assert ssh() == failed
+    # Whatever shell ssh has it run by.
+    for shell in ("bash", "dash", "zsh", "ksh"):
+        assert ssh(SHELL=shutil.which(shell)) == failed
+    one.fake().do_wrong()
+    write(guest / "status", "running")
+    assert ssh()[0] == 0
 
 
 def test_connect_says_what_is_wrong(host, tmp_path):
