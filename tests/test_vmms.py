@@ -532,7 +532,6 @@ def test_ssh_to_a_vm_without_an_address_says_why_and_goes_nowhere(host, tmp_path
     os.mkdir(guest.path)
     assert guest.status() == "booting"
     assert ssh() == (255, "", "vmsfs: localhost is booting: `echo running > status` waits until it runs\n")
-    one.fake().do_wrong(start="die")
     os.kill(wait_for(lambda: guest.info().get("pid"), "the VMM is there"), signal.SIGKILL)
     wait_for(lambda: guest.status() == "failed", "it has failed")
     failed = (255, "", "vmsfs: localhost is failed: its `error` says why, `echo running > status` starts it again\n")
