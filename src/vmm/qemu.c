@@ -576,32 +576,6 @@ static int qemu_check(char **ret_why) {
     return status;
 }
 
-/* Whether `-cpu help`, "x86 NAME …" or "  NAME …" a line, has this name. */
-static bool qemu_help_has_cpu(const char *help, const char *name, size_t length) {
-    for (const char *line = help; *line; line += strcspn(line, "\n"), line += *line == '\n') {
-        const char *word = line;
-        if (strncmp(word, "x86 ", 4) == 0)
-            word += 4;
-        word += strspn(word, " ");
-        if (strncmp(word, name, length) == 0 && strchr(" \r\n", word[length]))
-            return true;
-    }
-    return false;
-}
-
-/* `model`, and features behind commas; those it looks at when it starts. */
-static bool qemu_has_cpu(const char *model) {
-    cleanup_free char *program = NULL;
-    cleanup_buf struct buf help = {0};
-    if (qemu_program_find(&program) < 0)
-        return true; /* which is another matter */
-    char *argv[] = {program, (char[]){"-cpu"}, (char[]){"help"}, NULL};
-    if (process_run(program, argv, 5000, &help) != 0 || !help.len ||
-        !qemu_help_has_cpu(help.data, "max", 3))
-        return true; /* it does not say so, or not in these words */
-    return qemu_help_has_cpu(help.data, model, strcspn(model, ","));
-}
-
 static void qemu_add_misfits(const struct vmm_config *config, struct buf *out) {
     const char *model = config->cpu_model ? config->cpu_model : "";
     if (strcspn(model, ",") == 4 && strncmp(model, "host", 4) == 0) {
