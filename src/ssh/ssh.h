@@ -22,7 +22,8 @@ struct ssh_target {
     struct sockaddr_storage address;
     socklen_t address_length;
     unsigned vsock_port; /* not 0: the address is the UNIX socket of a VMM, which connects to this
-                            port of its guest when it is told `CONNECT PORT` */
+                            port of its guest when it is told `CONNECT PORT`, */
+    pid_t peer;          /* and nobody but this process may listen at it */
     const char *user;
     const char *key_path;    /* private key file in OpenSSH format, without passphrase */
     const uint8_t *host_key; /* the one acceptable host key: a public key blob (RFC 4253, 6.6) */

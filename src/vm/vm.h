@@ -220,8 +220,8 @@ void vm_guest_lost(struct vm *vm, int status, const char *why);
 /* `info`: one JSON object; the caller owns it. */
 json_t *vm_info(const struct vm *vm);
 
-/* `ssh_config`: false while there is no address. */
-bool vm_ssh_config(const struct vm *vm, struct buf *out);
+/* `ssh_config`: while there is no address, one that has ssh say why, and fail. */
+void vm_ssh_config(const struct vm *vm, struct buf *out);
 
 /* Writes the VM's record (vm.json) soon, off the loop. */
 void vm_save(struct vm *vm);
