@@ -11,6 +11,7 @@
 
 #include "doctor/internal.h"
 #include "util/cleanup.h"
+#include "util/mounts.h"
 #include "vmm/process.h"
 
 /* Mounts of vmsfs: whether their daemons live and answer.
@@ -57,20 +58,6 @@ static int mount_probe(const char *path) {
         kill(pid, SIGKILL);
     waitpid(pid, NULL, r == MOUNT_HANGS ? WNOHANG : 0);
     return r;
-}
-
-/* Letters of mountinfo: `\040` is a blank. */
-static void mount_unescape(char *text) {
-    char *to = text;
-    for (const char *from = text; *from; to++) {
-        if (from[0] == '\\' && from[1] && from[2] && from[3]) {
-            *to = (char)((from[1] - '0') << 6 | (from[2] - '0') << 3 | (from[3] - '0'));
-            from += 4;
-        } else {
-            *to = *from++;
-        }
-    }
-    *to = '\0';
 }
 
 struct mount_daemon {
@@ -136,24 +123,14 @@ static void doctor_check_mount(struct doctor *d, const char *path, const char *o
                     strerror(-r));
 }
 
+static void mount_check(void *arg, const struct mounts_entry *entry) {
+    if (strcmp(entry->type, "fuse.vmsfs") == 0)
+        doctor_check_mount(arg, entry->path, entry->options);
+}
+
 void doctor_check_mounts(struct doctor *d) {
-    FILE *mounts = fopen("/proc/self/mountinfo", "re");
-    cleanup_free char *line = NULL;
-    size_t size = 0, before = d->count;
-    while (mounts && getline(&line, &size, mounts) >= 0) {
-        /* `36 35 0:42 / /vms rw,nosuid shared:1 - fuse.vmsfs vmsfs rw,user_id=0` */
-        char *rest = strstr(line, " - "), *path = NULL;
-        if (!rest || strncmp(rest + 3, "fuse.vmsfs ", strlen("fuse.vmsfs ")) != 0)
-            continue;
-        *rest = '\0';
-        if (sscanf(line, "%*s %*s %*s %*s %ms", &path) != 1)
-            continue;
-        mount_unescape(path);
-        doctor_check_mount(d, path, rest + 3);
-        free(path);
-    }
-    if (mounts)
-        fclose(mounts);
+    size_t before = d->count;
+    mounts_each("/proc/self/mountinfo", mount_check, d);
     if (d->count == before)
         doctor_find(d, "mount", DOCTOR_OK, NULL, "nothing is mounted");
 }
