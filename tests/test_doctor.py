@@ -158,6 +158,22 @@ def test_a_daemon_that_runs_is_told_and_not_disturbed(daemon):
     assert read(one.log) == before
 
 
+def test_a_daemon_that_goes_on_for_a_copy_of_its_mount_is_told_with_who_has_it(daemon):
+    one = daemon()
+    script = f'exec 3<{one.mount}/.defaults/config/memory; echo; exec sleep 1000'
+    with subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE) as holder:
+        try:
+            holder.stdout.readline()
+            assert report(one.state).one("state")["status"] == "ok", "it is mounted"
+            subprocess.run(["fusermount3", "-uz", one.mount], check=True, timeout=20)
+            found = report(one.state).one("state")
+        finally:
+            holder.kill()
+    assert found["status"] == "warning" and found["remedy"].endswith(f"kill {one.pid}")
+    assert f"the mount namespace of process {holder.pid} has a copy of its mount, {one.mount}" in found["found"]
+    one.wait_end()
+
+
 def test_a_lock_is_looked_at_and_not_taken(daemon):
     """A daemon that starts just now is not turned away."""
     one = daemon()

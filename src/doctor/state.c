@@ -103,10 +103,10 @@ void doctor_check_state(struct doctor *d) {
     if (!doctor_check_directory(d, "state", path))
         return;
     pid_t holder = lock_holder(path);
-    if (holder)
+    if (holder && !doctor_find_left_daemon(d, path, holder))
         doctor_find(d, "state", DOCTOR_OK, NULL, "%s is used by a daemon, process %d", path,
                     (int)holder);
-    else
+    if (!holder)
         doctor_find(d, "state", DOCTOR_OK, NULL, "%s can be used, and no daemon does", path);
     doctor_check_space(d, path);
 }
