@@ -356,13 +356,19 @@ class Fake:
         return self.lines("violations")
 
 
-def make_jail(folder):
-    """What is `/` in a jail of Firecracker's in this VM's folder, with what stands for it: fakes/jail.c. Returns its path."""
-    root = os.path.join(folder, "jail/firecracker/vmsfs-0123456789abcdef/root")
-    os.makedirs(root, mode=0o755)
-    argv = ["cc", "-static", "-Wall", "-Wextra", "-Werror", "-o", f"{root}/firecracker", f"{FAKES}/jail.c"]
-    subprocess.run(argv, check=True, timeout=60)
-    return root
+def make_jail(folder, path=None):
+    """A jail in a VM's folder (`path`, where the folder is that of a root elsewhere), with what stands for Firecracker and for its
+    jailer: fakes/jail.c. Returns the folder that is `/` there, and the command that starts it."""
+    number = 0xCBF29CE484222325  # FNV-1a
+    for byte in (path or folder).encode():
+        number = (number ^ byte) * 0x100000001B3 % (1 << 64)
+    name = f"vmsfs-{number:016x}"
+    root = f"jail/firecracker/{name}/root"
+    os.makedirs(os.path.join(folder, root))
+    program = os.path.join(folder, root, "firecracker")
+    subprocess.run(["cc", "-static", "-Wall", "-Wextra", "-Werror", "-o", program, f"{FAKES}/jail.c"], check=True, timeout=60)
+    root = os.path.join(path or folder, root)
+    return root, [f"{root}/firecracker", root, "65534", name]
 
 
 class Daemon:

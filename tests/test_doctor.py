@@ -446,9 +446,9 @@ def test_a_vmm_that_no_daemon_will_find_is_told(daemon):
 
 
 def test_a_firecracker_in_a_jail_that_no_daemon_will_find_is_told(state):
-    root = make_jail(f"{state}/vms/jailed")
+    _, argv = make_jail(f"{state}/vms/jailed")
     os.chmod(state, 0o700)
-    with subprocess.Popen([f"{root}/firecracker", root, "65534"]) as jailed:
+    with subprocess.Popen(argv) as jailed:
         try:
             wait_for(lambda: b"--id" in read_bytes(f"/proc/{jailed.pid}/cmdline"), "it is in its jail")
             assert report(state).one("processes")["found"].startswith("1 VMs run here")

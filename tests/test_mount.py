@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from harness import BUILD, ROOT, mount_line, sanitizer_environment, wait_for
+from harness import BUILD, ROOT, mount_line, read, sanitizer_environment, wait_for
 from private import Place
 
 OPTIONS = "state=/mnt/state,images=/mnt/build/images"
@@ -407,6 +407,17 @@ def test_systemd_finds_nothing_amiss_in_the_units(units):
     (units / "vmsfs@srv-vms.service").symlink_to("vmsfs@.service")
     done = systemd_analyze("verify", "--man=no", *names)
     assert done.returncode == 0 and not done.stdout and not done.stderr, done
+
+
+def test_systemd_finds_nothing_amiss_in_the_drop_in(units):
+    (units / "vmsfs@srv-vms.service").symlink_to("vmsfs@.service")
+    folder = units / "vmsfs@.service.d"
+    folder.mkdir()
+    text = read(os.path.join(ROOT, "contrib", "systemd", "examples", "jail-and-tap.conf"))
+    for more, sound in (("", True), ("DeviceAllowed=/dev/kvm\n", False)):  # the second time to see that it is looked at
+        (folder / "jail-and-tap.conf").write_text(text + more)
+        done = systemd_analyze("verify", "--man=no", str(units / "vmsfs@srv-vms.service"))
+        assert (done.returncode == 0 and not done.stdout and not done.stderr) == sound, done
 
 
 def test_systemd_rates_the_service_as_ok(units):

@@ -2,7 +2,7 @@
  * static program that asks of the kernel what the jailer of the releases asks, in its order, and
  * then waits in the jail, as that user, with the command line of a Firecracker.
  *
- *     jail FOLDER UID        FOLDER/firecracker is this program
+ *     jail FOLDER UID ID        FOLDER/firecracker is this program
  */
 
 #define _GNU_SOURCE
@@ -34,7 +34,7 @@ static void own_device(const char *path, unsigned major, unsigned minor, uid_t u
 }
 
 int main(int argc, char **argv) {
-    if (argc != 3) {
+    if (argc != 4) {
         pause();
         return 0;
     }
@@ -57,7 +57,7 @@ int main(int argc, char **argv) {
     must(setgroups(0, NULL), "setgroups");
     must(setgid(user), "setgid");
     must(setuid(user), "setuid");
-    execl("/firecracker", "/firecracker", "--id", "vmsfs-0123456789abcdef", "--start-time-us", "1",
-          "--api-sock", "/api.sock", "--log-path", "/firecracker.log", NULL);
+    execl("/firecracker", "/firecracker", "--id", argv[3], "--start-time-us", "1", "--api-sock",
+          "/api.sock", "--log-path", "/firecracker.log", NULL);
     err(1, "/firecracker");
 }
