@@ -23,10 +23,8 @@
  * (proc(5)). The mount itself is never touched. */
 
 #define PRESENCE_FILE "/proc/self/mountinfo"
-#define PRESENCE_SETTLE_MS                                                                         \
-    300                       /* many mounts change at a time, and one of them may be on its way   \
-                               */
-#define PRESENCE_OPEN_MS 1000 /* between looks at whether something is still open */
+#define PRESENCE_SETTLE_MS 200 /* mounts change in crowds, and one may be on its way */
+#define PRESENCE_OPEN_MS 1000  /* between looks at whether something is still open */
 
 struct presence {
     struct fuse_channel *channel; /* the owner */
