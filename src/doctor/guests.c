@@ -54,9 +54,11 @@ static void doctor_check_image(struct doctor *d, const char *name, bool wanted) 
         image_close(&image);
         return;
     }
-    doctor_find(d, "image", wanted && boots_guests(d) ? DOCTOR_BROKEN : DOCTOR_WARNING,
-                "build one with contrib/guest/tiny, or name another with -o image= and its folder "
-                "with -o images=",
+    cleanup_buf struct buf remedy = {0};
+    buf_printf(&remedy,
+               "build one with %s, or name another with -o image= and its folder with -o images=",
+               image_builder(d->settings));
+    doctor_find(d, "image", wanted && boots_guests(d) ? DOCTOR_BROKEN : DOCTOR_WARNING, remedy.data,
                 "%s", why ? why : name);
 }
 

@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fuse_opt.h>
-#include <mntent.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +15,7 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/fs.h"
+#include "util/mounts.h"
 #include "util/number.h"
 #include "vm/boot.h"
 #include "vm/image.h"
@@ -410,18 +410,21 @@ static bool mount_is_dead(const char *path) {
     return (stat(path, &st) < 0 || statfs(path, &fs) < 0) && errno == ENOTCONN;
 }
 
-/* Is what is mounted there of a daemon of ours? The last entry is on top. */
+struct mount_search {
+    const char *path;
+    bool ours;
+};
+
+static void mount_look(void *arg, const struct mounts_entry *entry) {
+    struct mount_search *search = arg;
+    if (strcmp(entry->path, search->path) == 0)
+        search->ours = strcmp(entry->type, "fuse.vmsfs") == 0;
+}
+
+/* Is what is mounted there of a daemon of ours? */
 static bool mount_is_ours(const char *path) {
-    bool ours = false;
-    struct mntent *entry;
-    FILE *mounts = setmntent("/proc/self/mounts", "r");
-    if (!mounts)
-        return false;
-    while ((entry = getmntent(mounts)))
-        if (strcmp(entry->mnt_dir, path) == 0)
-            ours = strcmp(entry->mnt_type, "fuse.vmsfs") == 0;
-    endmntent(mounts);
-    return ours;
+    struct mount_search search = {.path = path};
+    return mounts_each("/proc/self/mountinfo", mount_look, &search) == 0 && search.ours;
 }
 
 /* Clears away what a daemon of ours that was killed has left mounted there. Of several that start
