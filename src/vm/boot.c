@@ -402,9 +402,7 @@ int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_resul
     boot->key_public = strdup(vm->daemon->key_public);
     boot->key_path = strdup(vm->config.key[0] ? vm->config.key : vm->daemon->key_path);
     boot->work.data = boot;
-    boot->bad_template = vm->bad_template;
-    boot->cold = vm->bad_template;
-    vm->bad_template = NULL;
+    warm_begin_boot(vm, &boot->bad_template, &boot->cold);
     int r = config_copy(&boot->config, &vm->config);
     if (r == 0)
         r = vars_inject(vm->vars, &boot->env);

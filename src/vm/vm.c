@@ -77,8 +77,7 @@ void vm_unref(struct vm *vm) {
     free(vm->dir);
     config_free(&vm->config);
     free(vm->backend_note);
-    warm_forget(vm);
-    free(vm->bad_template);
+    warm_free_vm(vm);
     free(vm->user);
     free(vm->removers);
     for (size_t i = 0; i < CONFIG_SETTINGS; i++)
@@ -285,7 +284,7 @@ static void vm_vmm_ready(void *arg) {
     }
     if (vm->attached && vm->vmm->ops->pause)
         vm->vmm->ops->pause(vm->vmm, false, NULL);
-    control_start(vm->control, vm->template && vm->console_watch);
+    control_start(vm->control, vm->warm.template && vm->console_watch);
 }
 
 static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
@@ -491,7 +490,7 @@ json_t *vm_info(const struct vm *vm) {
     json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
     json_object_set_new(info, "booted_ms",
                         vm->booted_ms ? json_integer((json_int_t)vm->booted_ms) : json_null());
-    json_object_set_new(info, "warm", json_boolean(vm->template != NULL));
+    json_object_set_new(info, "warm", json_boolean(vm->warm.template != NULL));
     if (vm->vmm)
         vm->vmm->ops->describe(vm->vmm, info);
     vars_describe(vm->vars, info);

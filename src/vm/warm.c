@@ -91,25 +91,37 @@ struct warm_plan *warm_plan_new(const struct vmm_ops *backend, const struct vmm_
 /* ---- a VM that boots ---- */
 
 void warm_forget(struct vm *vm) {
-    warm_plan_free(vm->warm_plan);
-    free(vm->template);
-    vm->warm_plan = NULL;
-    vm->template = NULL;
+    warm_plan_free(vm->warm.plan);
+    free(vm->warm.template);
+    vm->warm.plan = NULL;
+    vm->warm.template = NULL;
+}
+
+void warm_free_vm(struct vm *vm) {
+    warm_forget(vm);
+    free(vm->warm.bad_template);
+}
+
+void warm_begin_boot(struct vm *vm, char **ret_bad_template, bool *ret_cold) {
+    *ret_bad_template = vm->warm.bad_template;
+    *ret_cold = vm->warm.cold;
+    vm->warm.bad_template = NULL;
+    vm->warm.cold = false;
 }
 
 void warm_take_boot(struct vm *vm, struct vm_boot_result *result) {
     warm_forget(vm);
-    vm->warm_plan = result->plan;
+    vm->warm.plan = result->plan;
     result->plan = NULL;
     if (!result->template.dir)
         return;
-    vm->template = strdup(result->template.dir);
+    vm->warm.template = strdup(result->template.dir);
     vm_watch_boot(vm);
 }
 
 unsigned warm_time(const struct vm *vm) {
     unsigned half = vm->config.boot_timeout * 500;
-    return !vm->template ? 0 : half < WARM_MOST_MS ? half : WARM_MOST_MS;
+    return !vm->warm.template ? 0 : half < WARM_MOST_MS ? half : WARM_MOST_MS;
 }
 
 void warm_overdue(uv_timer_t *timer) {
@@ -126,15 +138,16 @@ static void warm_note_failure(struct warm *warm, const struct template_key *key)
 
 bool warm_fall_back(struct vm *vm, const char *why) {
     uint64_t started = vm->boot_started;
-    if (!vm->template || vm->gone || vm->state != VM_BOOTING)
+    if (!vm->warm.template || vm->gone || vm->state != VM_BOOTING)
         return false;
     log_warn("%s: the template %s is no good (%s): it is removed, and the VM boots cold", vm->id,
-             vm->template, why);
-    if (vm->warm_plan)
-        warm_note_failure(vm->daemon->warm, &vm->warm_plan->key);
-    free(vm->bad_template);
-    vm->bad_template = vm->template;
-    vm->template = NULL;
+             vm->warm.template, why);
+    if (vm->warm.plan)
+        warm_note_failure(vm->daemon->warm, &vm->warm.plan->key);
+    free(vm->warm.bad_template);
+    vm->warm.bad_template = vm->warm.template;
+    vm->warm.template = NULL;
+    vm->warm.cold = true;
     vm_disconnect(vm, -ERR_GONE, "the VM boots anew");
     if (vm_boot(vm) < 0)
         return false;
@@ -161,9 +174,9 @@ static bool warm_has_failed(const struct warm *warm, const struct template_key *
 
 void warm_want(struct vm *vm) {
     struct warm *warm = vm->daemon->warm;
-    struct warm_plan *plan = vm->warm_plan;
-    vm->warm_plan = NULL;
-    if (!plan || vm->template || warm->count == WARM_PLANS_MOST ||
+    struct warm_plan *plan = vm->warm.plan;
+    vm->warm.plan = NULL;
+    if (!plan || vm->warm.template || warm->count == WARM_PLANS_MOST ||
         warm_is_planned(warm, &plan->key) || warm_has_failed(warm, &plan->key)) {
         warm_plan_free(plan);
         return;

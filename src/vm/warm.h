@@ -29,6 +29,10 @@ struct warm_plan *warm_plan_new(const struct vmm_ops *backend, const struct vmm_
                                 const struct image *image);
 void warm_plan_free(struct warm_plan *plan); /* NULL is allowed */
 
+/* A boot is about to be prepared: hands over the template that it has to remove (the caller frees
+ * it; NULL: none), and whether it is to do without. */
+void warm_begin_boot(struct vm *vm, char **ret_bad_template, bool *ret_cold);
+
 /* The VMM of this boot is about to be created: takes over the plan and the name of the template. */
 void warm_take_boot(struct vm *vm, struct vm_boot_result *result);
 
@@ -43,8 +47,9 @@ bool warm_fall_back(struct vm *vm, const char *why);
 /* The VM runs: a template that was missing is to be made. */
 void warm_want(struct vm *vm);
 
-/* What the VM keeps for all this. */
+/* What the VM keeps for all this: of its last boot; and to the end. */
 void warm_forget(struct vm *vm);
+void warm_free_vm(struct vm *vm);
 
 /* The daemon's side. */
 int warm_open(struct daemon *d);
