@@ -4,6 +4,7 @@ removed without anybody having to know of it."""
 import json
 import os
 import shutil
+import signal
 import struct
 import threading
 import time
@@ -276,21 +277,95 @@ def test_a_damaged_template_means_a_cold_boot_and_is_made_anew(warm, damage):
     boot_warm(one, "again")
 
 
+def start_from_template(one, name, **settings):
+    """Makes a VM and returns as soon as its QEMU runs, with its pid."""
+    os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
+    for setting, value in settings.items():
+        write(one.vm(f".new/{name}/config/{setting}"), f"{value}\n")
+    os.rename(one.vm(f".new/{name}"), one.vm(name))
+    guest = one.guest(name)
+    return guest, wait_for(lambda: guest.info().get("pid"), "QEMU runs", step=0.001)
+
+
+def stop_when_reachable(one, name, **settings):
+    """Makes a VM whose guest never answers: its QEMU stands still once it has started."""
+    guest, pid = start_from_template(one, name, **settings)
+    wait_for(lambda: guest.info().get("port"), "it has a port", step=0.001)
+    os.kill(pid, signal.SIGSTOP)
+    return guest, pid
+
+
+def crash_when_up(one, name):
+    """Makes a VM whose QEMU crashes when the guest has come far, and waits until it has booted without a template."""
+    guest, pid = start_from_template(one, name)
+    serial = os.path.join(one.state, "vms", name, "serial.log")
+    wait_for(lambda: os.path.getsize(serial), "the guest speaks", step=0.001)
+    kill_and_wait(pid, signal.SIGSEGV)
+    guest.wait("running")
+    assert guest.info()["warm"] is False
+
+
+def test_a_start_that_was_not_given_the_time_says_nothing_about_the_template(warm):
+    one = warm()
+    (template,) = one.templates()
+    for name in ("a", "b"):
+        guest, pid = stop_when_reachable(one, name, boot_timeout=4)
+        wait_for(lambda: not pid_alive(pid), "the start is given up")  # noqa: B023
+        assert log_lines(one, f"{name} boots cold", template, "no answer in time", "says nothing about the template")
+        os.rmdir(guest.path)
+    boot_warm(one, "after")
+    assert not log_lines(one, "making a template")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_qemu_that_somebody_has_killed_says_nothing_about_the_template(warm, number):
+    one = warm()
+    (template,) = one.templates()
+    for name in ("a", "b"):
+        guest, pid = start_from_template(one, name)
+        kill_and_wait(pid, number)
+        guest.wait("running")
+        assert guest.info()["warm"] is False
+        assert log_lines(one, f"{name} boots cold", template, "says nothing about the template")
+    boot_warm(one, "after")
+
+
+def test_a_vm_that_is_removed_while_it_starts_leaves_its_template_alone(warm):
+    one = warm()
+    for name in ("a", "b", "c"):
+        guest, pid = start_from_template(one, name)
+        os.rmdir(guest.path)
+        wait_for(lambda: not pid_alive(pid), "its QEMU is gone")  # noqa: B023
+    boot_warm(one, "after")
+    assert not log_lines(one, "boots cold")
+
+
+@pytest.mark.deadline(200)
+def test_a_template_is_removed_when_two_starts_in_a_row_have_failed(warm):
+    one = warm()
+    (template,) = one.templates()
+    stays = "stays, unless the next start from it fails too"
+    crash_when_up(one, "a")
+    assert log_lines(one, "a boots cold", template, "SIGSEGV", stays)
+    boot_warm(one, "between")
+    crash_when_up(one, "b")
+    assert log_lines(one, "b boots cold", template, "SIGSEGV", stays)
+    assert one.templates() == [template]
+    crash_when_up(one, "c")
+    assert log_lines(one, "c boots cold", template, "SIGSEGV", "as has the one before it", "is removed")
+    assert one.templates() == []
+
+
 @pytest.mark.deadline(200)
 def test_a_guest_that_does_not_go_on_from_its_template_boots_cold(warm):
-    """Its memory is not what it was, though the file looks as if it were."""
-    one = warm(boot_timeout=40)
+    one = warm(boot_timeout=60)
     (template,) = one.templates()
-    path = os.path.join(template, "ram")
-    before = os.stat(path)
-    with open(path, "r+b") as f:
-        f.write(bytes(before.st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    guest = one.boot("after")
-    assert guest.info()["warm"] is False
-    assert log_lines(one, "warn", template, "removed", "boots cold")
-    assert not os.path.exists(template)
+    guest, pid = stop_when_reachable(one, "after")
+    guest.wait("running")
+    assert guest.info()["warm"] is False and not pid_alive(pid)
+    assert log_lines(one, "after boots cold", template, "no answer in time", "stays, unless the next start")
     assert guest.ssh("hostname").strip() == b"after"
+    boot_warm(one, "another")
 
 
 # --- When it is not used

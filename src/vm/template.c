@@ -322,18 +322,23 @@ static int template_save(const struct template *t, const struct template_key *ke
     return fs_replace(path, 0600, text, strlen(text));
 }
 
-int template_finish(const char *state_dir, const struct template *t,
-                    const struct template_key *key) {
-    cleanup_free char *path = template_path(state_dir, key);
+int template_finish(const char *state_dir, struct template *t, const struct template_key *key) {
+    struct template named;
+    int r = template_init(&named, template_path(state_dir, key));
+    if (r < 0)
+        return r;
     template_remove_logs(t);
-    int r = path ? template_save(t, key) : -ENOMEM;
+    r = template_save(t, key);
     if (r == 0)
-        r = fs_remove_all(path); /* one that was damaged meanwhile */
-    if (r == 0 && rename(t->dir, path) < 0)
+        r = fs_remove_all(named.dir); /* one that was damaged meanwhile */
+    if (r == 0 && rename(t->dir, named.dir) < 0)
         r = -errno;
-    if (r == 0)
-        templates_bound(state_dir, key, TEMPLATES_MOST, TEMPLATES_BYTES);
-    return r;
+    template_close(r == 0 ? t : &named);
+    if (r < 0)
+        return r;
+    *t = named;
+    templates_bound(state_dir, key, TEMPLATES_MOST, TEMPLATES_BYTES);
+    return 0;
 }
 
 void templates_clear(const char *state_dir, unsigned (*each)(const char *dir)) {

@@ -50,9 +50,9 @@ int template_open(const char *state_dir, const struct template_key *key, struct 
  * `memory` MiB; variables and guests' disks come first. */
 int template_begin(const char *state_dir, unsigned memory, struct template *ret);
 
-/* It is complete: gives it its name, and removes those that are too many. */
-int template_finish(const char *state_dir, const struct template *t,
-                    const struct template_key *key);
+/* It is complete: gives it its name, which `t` has from then on, and removes those that are too
+ * many. */
+int template_finish(const char *state_dir, struct template *t, const struct template_key *key);
 
 void template_remove(const struct template *t);
 

@@ -210,7 +210,7 @@ void vm_announce(struct vm *vm) {
     if (!vm->running_since.tv_sec)
         clock_gettime(CLOCK_REALTIME, &vm->running_since);
     vm_use(vm);
-    warm_want(vm);
+    warm_succeed(vm);
     vm_set_state(vm, VM_RUNNING);
     vars_resume(vm->vars);
     if (vm->pause_wanted && vm_pause(vm) < 0)
@@ -287,13 +287,14 @@ static void vm_vmm_ready(void *arg) {
     control_start(vm->control, vm->warm.template && vm->console_watch);
 }
 
-static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
+static void vm_vmm_exited(void *arg, enum vmm_end end, const char *why) {
     struct vm *vm = arg;
     enum vm_state was = vm->state;
+    bool powered_off = end == VMM_POWERED_OFF;
     vm->vmm->ops->release(vm->vmm);
     vm->vmm = NULL;
     vm->attached = false;
-    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, why))) {
+    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, end, why))) {
         if (was == VM_FAILED || was == VM_STOPPED) {
             log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
         } else if (was == VM_STOPPING || (powered_off && was != VM_BOOTING)) {
@@ -426,7 +427,7 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
     warm_take_boot(vm, result);
     if (r == 0)
         r = vm_create_vmm(vm, result);
-    if (r < 0 && warm_fall_back(vm, strerror(-r)))
+    if (r < 0 && warm_fall_back(vm, VMM_KILLED, strerror(-r)))
         return;
     if (r < 0) {
         vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,

@@ -100,6 +100,7 @@ struct vm {
         char *template;            /* it was started from; owned; NULL: it booted cold */
         char *bad_template;        /* to be removed with its next boot; owned, or NULL */
         bool cold;                 /* that boot uses none */
+        bool overdue;              /* it has not answered in time, and is being ended */
         struct warm_plan *plan;    /* of its boot; owned, or NULL */
     } warm;
     char *backend_note;                  /* why that: vmm_ops.check() */

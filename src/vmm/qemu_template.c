@@ -48,7 +48,7 @@ static void template_fail(struct vmm_template *t, const char *why) {
     process_kill(t->process);
 }
 
-static void template_on_exited(void *arg, const char *how) {
+static void template_on_exited(void *arg, const struct process_end *end) {
     struct vmm_template *t = arg;
     cleanup_buf struct buf why = {0}, words = {0};
     uv_timer_stop(&t->deadline);
@@ -60,7 +60,7 @@ static void template_on_exited(void *arg, const char *how) {
         return;
     }
     process_last_words(t->log, &words);
-    buf_printf(&why, "%s%s(%s)%s%s", t->why, t->why[0] ? " " : "QEMU ended ", how,
+    buf_printf(&why, "%s%s(%s)%s%s", t->why, t->why[0] ? " " : "QEMU ended ", end->how,
                words.len ? "; its last words: " : "", words.len ? words.data : "");
     t->done(t->arg, -ERR_GONE, why.failed ? "QEMU ended" : why.data);
 }

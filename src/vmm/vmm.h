@@ -43,14 +43,23 @@ struct vmm_config {
     unsigned port;
 };
 
+/* What a VMM's end says. */
+enum vmm_end {
+    VMM_ENDED,       /* no more than the words */
+    VMM_POWERED_OFF, /* the guest has done so itself, in order */
+    /* Of a start from a template: */
+    VMM_KILLED,  /* by a signal of somebody else's, which says nothing about the template */
+    VMM_REFUSED, /* it does not take the template, or has died of it */
+};
+
 /* What a VMM tells. `arg` is the caller's of create() or adopt(). */
 struct vmm_events {
     /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
     void (*ready)(void *arg);
     /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not
-     * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence
-     * for the user, with the VMM's own last words where there are some. */
-    void (*exited)(void *arg, bool powered_off, const char *why);
+     * released before. `why` is a sentence for the user, with the VMM's own last words where there
+     * are some. */
+    void (*exited)(void *arg, enum vmm_end end, const char *why);
     /* What keeps ready() from coming, or the endpoint from being the right one; the backend goes on
      * trying. */
     void (*trouble)(void *arg, const char *why);
