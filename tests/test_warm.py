@@ -1,6 +1,7 @@
 """Warm boots: VMs that start from a template are as much their own as those that boot cold, and a template is made, used and
 removed without anybody having to know of it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,6 +42,15 @@ def cold(daemon):
 
 def log_lines(one, *words):
     return [line for line in read(one.log).splitlines() if all(word in line for word in words)]
+
+
+def prepare(one, name, **settings):
+    """Makes a VM with these settings."""
+    os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
+    for setting, value in settings.items():
+        write(one.vm(f".new/{name}/config/{setting}"), f"{value}\n")
+    os.rename(one.vm(f".new/{name}"), one.vm(name))
+    return one.guest(name)
 
 
 def boot_warm(one, *names):
@@ -240,6 +250,36 @@ def test_a_changed_image_or_configuration_has_another_template(cold):
     boot_warm(one, "c")
 
 
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("what", ["machine", "guest"])
+def test_what_boots_for_long_does_not_hold_up_the_template(cold, what):
+    one = cold(boot_timeout=150)
+    if what == "machine":
+        stuck = prepare(one, "stuck", backend="attach", address="127.0.0.1", port=harness.free_port())
+    else:
+        stuck, _ = stop_when_reachable(one, "stuck")
+    assert one.boot("first").info()["warm"] is False
+    wait_for(one.templates, "a template is made", 60)
+    assert stuck.status() == "booting"
+    boot_warm(one, "second")
+    os.rmdir(stuck.path)
+
+
+@pytest.mark.deadline(200)
+def test_a_template_is_made_though_one_vm_after_the_other_boots(cold):
+    one = cold(boot_timeout=150)
+    stuck = [stop_when_reachable(one, "s0")[0]]
+    assert one.boot("first").info()["warm"] is False
+    started = time.monotonic()
+    while not one.templates():
+        assert time.monotonic() - started < 60, read(one.log)
+        with contextlib.suppress(AssertionError):
+            wait_for(one.templates, "a template is made", 8)
+        stuck.append(stop_when_reachable(one, f"s{len(stuck)}")[0])
+    assert time.monotonic() - started > 20, "it has not waited for them"
+    assert {guest.status() for guest in stuck} == {"booting"}
+
+
 @pytest.mark.deadline(240)
 @pytest.mark.parametrize("damage", ["truncated memory", "changed memory", "changed state", "state that QEMU refuses"])
 def test_a_damaged_template_means_a_cold_boot_and_is_made_anew(warm, damage):
@@ -277,19 +317,15 @@ def test_a_damaged_template_means_a_cold_boot_and_is_made_anew(warm, damage):
     boot_warm(one, "again")
 
 
-def start_from_template(one, name, **settings):
+def start(one, name, **settings):
     """Makes a VM and returns as soon as its QEMU runs, with its pid."""
-    os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
-    for setting, value in settings.items():
-        write(one.vm(f".new/{name}/config/{setting}"), f"{value}\n")
-    os.rename(one.vm(f".new/{name}"), one.vm(name))
-    guest = one.guest(name)
+    guest = prepare(one, name, **settings)
     return guest, wait_for(lambda: guest.info().get("pid"), "QEMU runs", step=0.001)
 
 
 def stop_when_reachable(one, name, **settings):
     """Makes a VM whose guest never answers: its QEMU stands still once it has started."""
-    guest, pid = start_from_template(one, name, **settings)
+    guest, pid = start(one, name, **settings)
     wait_for(lambda: guest.info().get("port"), "it has a port", step=0.001)
     os.kill(pid, signal.SIGSTOP)
     return guest, pid
@@ -297,7 +333,7 @@ def stop_when_reachable(one, name, **settings):
 
 def crash_when_up(one, name):
     """Makes a VM whose QEMU crashes when the guest has come far, and waits until it has booted without a template."""
-    guest, pid = start_from_template(one, name)
+    guest, pid = start(one, name)
     serial = os.path.join(one.state, "vms", name, "serial.log")
     wait_for(lambda: os.path.getsize(serial), "the guest speaks", step=0.001)
     kill_and_wait(pid, signal.SIGSEGV)
@@ -322,7 +358,7 @@ def test_a_qemu_that_somebody_has_killed_says_nothing_about_the_template(warm, n
     one = warm()
     (template,) = one.templates()
     for name in ("a", "b"):
-        guest, pid = start_from_template(one, name)
+        guest, pid = start(one, name)
         kill_and_wait(pid, number)
         guest.wait("running")
         assert guest.info()["warm"] is False
@@ -333,7 +369,7 @@ def test_a_qemu_that_somebody_has_killed_says_nothing_about_the_template(warm, n
 def test_a_vm_that_is_removed_while_it_starts_leaves_its_template_alone(warm):
     one = warm()
     for name in ("a", "b", "c"):
-        guest, pid = start_from_template(one, name)
+        guest, pid = start(one, name)
         os.rmdir(guest.path)
         wait_for(lambda: not pid_alive(pid), "its QEMU is gone")  # noqa: B023
     boot_warm(one, "after")
@@ -373,10 +409,7 @@ def test_a_guest_that_does_not_go_on_from_its_template_boots_cold(warm):
 
 def test_warm_off_boots_cold_and_makes_none(warm, cold):
     one = warm()
-    os.makedirs(one.vm(".new/off"), exist_ok=True)
-    write(one.vm(".new/off/config/warm"), "off\n")
-    os.rename(one.vm(".new/off"), one.vm("off"))
-    guest = one.guest("off")
+    guest = prepare(one, "off", warm="off")
     guest.wait("running")
     assert guest.info()["warm"] is False
     with refused("EBUSY"):
@@ -401,12 +434,7 @@ def test_a_disk_or_an_image_that_does_not_know_of_it_boots_cold(warm):
     description = json.loads(read(os.path.join(image, "image.json")))
     del description["warm"]
     write(os.path.join(image, "image.json"), json.dumps(description))
-    for name, setting, value in (("disk", "disk", "64M\n"), ("plain", "image", image)):
-        os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
-        write(one.vm(f".new/{name}/config/{setting}"), value)
-        os.rename(one.vm(f".new/{name}"), one.vm(name))
-    for name in ("disk", "plain"):
-        guest = one.guest(name)
+    for guest in (prepare(one, "disk", disk="64M"), prepare(one, "plain", image=image)):
         guest.wait("running")
         assert guest.info()["warm"] is False
     assert not log_lines(one, "making a template")

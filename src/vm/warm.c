@@ -20,6 +20,13 @@
 
 #define WARM_PLANS_MOST 4 /* that wait to be made */
 
+/* A VM that boots keeps a template from being made, whose guest would get no CPU beside it; but
+ * what boots for longer than this most likely waits for something and needs none. */
+#define WARM_BUSY_MS 15000
+
+/* Where one VM after the other boots, a template is made after so long all the same. */
+#define WARM_WAIT_MOST_MS 30000
+
 /* A template from which the last start has failed, and may do so no more. */
 struct warm_doubt {
     struct list link;
@@ -250,6 +257,7 @@ void warm_succeed(struct vm *vm) {
         warm_plan_free(plan);
         return;
     }
+    plan->since = uv_now(warm->daemon->loop);
     list_append(&warm->plans, &plan->link);
     warm->count++;
 }
@@ -333,10 +341,14 @@ static void warm_make(struct warm *warm, struct warm_plan *plan) {
     warm_forget_making(warm);
 }
 
-static bool warm_is_busy(struct daemon *d) {
+static bool warm_is_busy(struct daemon *d, const struct warm_plan *plan) {
+    uint64_t now = uv_now(d->loop);
     struct vm *vm;
+    if (now - plan->since > WARM_WAIT_MOST_MS)
+        return false;
     RB_FOREACH(vm, vm_index, &d->vms) {
-        if (vm->state == VM_BOOTING)
+        if (vm->state == VM_BOOTING && !vmm_is_for_existing(vm->config.backend) &&
+            now - vm->boot_started < WARM_BUSY_MS)
             return true;
     }
     return false;
@@ -344,9 +356,12 @@ static bool warm_is_busy(struct daemon *d) {
 
 void warm_keep_house(struct daemon *d) {
     struct warm *warm = d->warm;
-    if (warm->plan || list_is_empty(&warm->plans) || d->closing || warm_is_busy(d))
+    if (warm->plan || list_is_empty(&warm->plans) || d->closing)
         return;
-    struct warm_plan *plan = LIST_OWNER(list_pop(&warm->plans), struct warm_plan, link);
+    struct warm_plan *plan = LIST_OWNER(warm->plans.next, struct warm_plan, link);
+    if (warm_is_busy(d, plan))
+        return;
+    list_remove(&plan->link);
     warm->count--;
     warm_make(warm, plan);
 }

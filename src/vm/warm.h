@@ -8,7 +8,7 @@
 
 /* Warm boots: a VM starts from a template (vm/template.h) where there is one that fits, and else
  * boots cold as ever; the template is then made behind its back, by a machine of its own that no VM
- * knows of, when nothing boots and nobody else wants the CPU.
+ * knows of, at a time when nobody else wants the CPU.
  *
  * A start that comes to nothing is no failure of the VM: it boots cold. The template goes if that
  * speaks against it: QEMU does not take it, or its guest has failed twice with no VM of it that has
@@ -19,6 +19,7 @@ struct vm_boot_result;
 /* All that it takes to make a template, and to know it again. */
 struct warm_plan {
     struct list link; /* of those that wait to be made */
+    uint64_t since;   /* uv_now(), from when on */
     const struct vmm_ops *backend;
     struct template_key key;
     char *kernel, *initrd, *boot_args, *cpu_model;
