@@ -259,7 +259,8 @@ def test_what_boots_for_long_does_not_hold_up_the_template(cold, what):
     else:
         stuck, _ = stop_when_reachable(one, "stuck")
     assert one.boot("first").info()["warm"] is False
-    wait_for(one.templates, "a template is made", 60)
+    wait_for(lambda: log_lines(one, "making a template"), "one is begun", 22)
+    wait_for(one.templates, "a template is made", MADE)
     assert stuck.status() == "booting"
     boot_warm(one, "second")
     os.rmdir(stuck.path)
