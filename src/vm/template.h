@@ -14,6 +14,11 @@
  * with the configuration. A template whose key is another today is not used, and goes when a newer
  * one of that image comes. Of all, the TEMPLATES_MOST used last are kept, in TEMPLATES_BYTES.
  *
+ * Each start reads both files and compares their checksums, so damage of any kind is seen, unless
+ * it comes later than that: who has started from a template reads its memory from the file for as
+ * long as he lives. The checksum (CRC-32, of what is not zero) is against accidents; who can write
+ * to the state directory can do as he likes anyway.
+ *
  * A template holds nothing of a VM, see contrib/guest/README.md, and nothing changes it once it is
  * there: it appears by rename. Everything here blocks: it is for the thread pool, and for start-up.
  */
