@@ -188,6 +188,44 @@ def test_a_megabyte_of_variables_goes_through_the_port(warm):
         assert guest.value(f"K{i}") == f"{i}".encode() * 120_000
 
 
+@pytest.mark.deadline(240)
+def test_folders_that_a_guest_has_keep_mode_and_owner(cold):
+    """Also those in which its variables are: it is the image that says what they are."""
+    one = cold()
+    image = os.path.join(one.path, "image")
+    shutil.copytree(os.path.join(harness.IMAGES, "tiny"), image)
+    os.makedirs(os.path.join(one.path, "more", "srv", "odd"))
+    os.chmod(os.path.join(one.path, "more", "srv", "odd"), 0o1770)
+    harness.sh(f"cd {one.path}/more && echo srv/odd | cpio -o -H newc -R 7:7 >> {image}/initrd.img")
+    folders = {
+        "/srv/odd": "1770 7:7",
+        "/root": "700 0:0",
+        "/tmp": "1777 0:0",
+        "/srv/new/deep": "755 0:0",
+    }
+    for how, settings in (("cold", {}), ("warm", {}), ("disk", {"disk": "64M"})):
+        guests = {}
+        for number, folder in enumerate(folders):
+            name = f"{how}{number}"
+            os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
+            write(one.vm(f".new/{name}/env/WHERE"), folder + "\n")
+            guests[folder] = prepare(one, name, image=image, env_file=f"{folder}/vars.sh", **settings)
+        for folder, guest in guests.items():
+            guest.wait("running")
+            assert guest.info()["warm"] is (how == "warm")
+            assert guest.ssh(f"stat -c '%a %u:%g' {folder}").decode().strip() == folders[folder], how
+            assert f"WHERE='{folder}'" in guest.ssh(f"cat {folder}/vars.sh").decode()
+            assert guest.ssh("stat -c '%a %u:%g' /root /root/.ssh /etc /etc/ssh").decode().split("\n")[:4] == [
+                "700 0:0",
+                "700 0:0",
+                "755 0:0",
+                "755 0:0",
+            ]
+            os.rmdir(guest.path)
+        if how == "cold":
+            wait_for(one.templates, "a template is made", MADE)
+
+
 def test_what_a_guest_writes_to_its_port_goes_nowhere(warm):
     one = warm()
     guest = boot_warm(one, "port")
