@@ -300,6 +300,63 @@ def test_a_changed_image_or_configuration_has_another_template(cold):
     boot_warm(one, "c")
 
 
+SETTINGS = {"memory": "160", "cpu_model": "max", "boot_args": "more"}
+DESCRIPTION = {"boot_args": " more", "warm_boot_args": " more"}  # at the end of what is there
+
+
+@pytest.mark.deadline(240)
+def test_whatever_a_template_is_made_from_it_does_not_serve_what_differs(cold):
+    one = cold()
+    image = os.path.join(one.path, "image")
+    shutil.copytree(os.path.join(harness.IMAGES, "tiny"), image)
+    write(one.vm(".defaults/config/image"), image)
+    one.boot("first")
+    wait_for(one.templates, "a template is made", MADE)
+
+    def boots(name, warm, **settings):
+        guest = prepare(one, name, **settings)
+        guest.wait("running")
+        assert guest.info()["warm"] is warm, name
+        os.rmdir(guest.path)
+
+    for setting, value in SETTINGS.items():
+        boots(setting.replace("_", "-"), False, **{setting: value})
+    boots("as-before", True)
+    path = os.path.join(image, "image.json")
+    before = read(path)
+    for field, more in DESCRIPTION.items():
+        changed = json.loads(before)
+        changed[field] += more
+        write(path, json.dumps(changed))
+        boots("image-" + field.replace("_", "-"), False)
+    write(path, before)
+    boots("image-as-before", True)
+    for name in ("vmlinuz", "initrd.img"):
+        shutil.copyfile(os.path.join(image, name), os.path.join(image, "new"))
+        os.rename(os.path.join(image, "new"), os.path.join(image, name))
+        boots("new-" + name.partition(".")[0], False)
+
+
+@pytest.mark.deadline(240)
+def test_another_qemu_has_another_template(cold):
+    own = os.path.join(harness.RUN.path, f"qemu{harness.RUN.number()}")
+    program = os.path.join(own, "bin", "qemu-system-x86_64")
+    os.makedirs(os.path.dirname(program))
+    for name in ("share", "lib"):  # it looks for its firmware and modules from where it is
+        os.symlink(f"/usr/{name}", os.path.join(own, name))
+    shutil.copyfile(shutil.which("qemu-system-x86_64"), program)
+    os.chmod(program, 0o755)
+    one = cold(env={"PATH": f"{own}/bin:{harness.environment()['PATH']}"})
+    for version in ("old", "new"):
+        assert one.boot(f"{version}-first").info()["warm"] is False
+        assert os.readlink(f"/proc/{one.guest(f'{version}-first').qemu()}/exe") == program
+        wait_for(lambda: len(one.templates()) == (1 if version == "old" else 2), "a template is made", MADE)  # noqa: B023
+        boot_warm(one, f"{version}-second")
+        shutil.copyfile(program, program + ".new")  # as dpkg does it
+        os.chmod(program + ".new", 0o755)
+        os.rename(program + ".new", program)
+
+
 @pytest.mark.deadline(200)
 @pytest.mark.parametrize("what", ["machine", "guest"])
 def test_what_boots_for_long_does_not_hold_up_the_template(cold, what):
