@@ -456,8 +456,9 @@ def test_a_start_that_was_not_given_the_time_says_nothing_about_the_template(war
     (template,) = one.templates()
     for name in ("a", "b"):
         guest, pid = stop_when_reachable(one, name, boot_timeout=4)
-        wait_for(lambda: not pid_alive(pid), "the start is given up")  # noqa: B023
-        assert log_lines(one, f"{name} boots cold", template, "no answer in time", "says nothing about the template")
+        words = (f"{name} boots cold", template, "no answer in time", "says nothing about the template")
+        wait_for(lambda: log_lines(one, *words), "the start is given up")  # noqa: B023
+        assert not pid_alive(pid)
         os.rmdir(guest.path)
     boot_warm(one, "after")
     assert not log_lines(one, "making a template")
