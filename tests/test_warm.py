@@ -477,6 +477,31 @@ def test_a_qemu_that_somebody_has_killed_says_nothing_about_the_template(warm, n
     boot_warm(one, "after")
 
 
+@pytest.mark.deadline(200)
+def test_a_qemu_that_the_host_has_no_room_for_says_nothing_about_the_template(cold):
+    bin = os.path.join(harness.RUN.path, f"bin{harness.RUN.number()}")
+    os.mkdir(bin)
+    program = os.path.join(bin, "qemu-system-x86_64")
+    full = os.path.join(bin, "full")
+    write(
+        program,
+        f"""#!/bin/sh
+case " $* " in *" -incoming "*) [ ! -e {full} ] || {{ echo "cannot set up guest memory" >&2; exit 1; }} ;; esac
+exec {shutil.which("qemu-system-x86_64")} "$@"
+""",
+    )
+    os.chmod(program, 0o755)
+    one = cold(env={"PATH": f"{bin}:{harness.environment()['PATH']}"})
+    one.boot("first")
+    (template,) = wait_for(one.templates, "a template is made", MADE)
+    write(full, "")
+    for name in ("a", "b"):
+        assert one.boot(name).info()["warm"] is False
+        assert log_lines(one, f"{name} boots cold", template, "guest memory", "says nothing about the template")
+    os.unlink(full)
+    boot_warm(one, "after")
+
+
 def test_a_vm_that_is_removed_while_it_starts_leaves_its_template_alone(warm):
     one = warm()
     for name in ("a", "b", "c"):

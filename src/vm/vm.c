@@ -427,7 +427,7 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
     warm_take_boot(vm, result);
     if (r == 0)
         r = vm_create_vmm(vm, result);
-    if (r < 0 && warm_fall_back(vm, VMM_KILLED, strerror(-r)))
+    if (r < 0 && warm_fall_back(vm, VMM_HINDERED, strerror(-r)))
         return;
     if (r < 0) {
         vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,

@@ -198,7 +198,7 @@ static const char *warm_judge(struct vm *vm, enum vmm_end end, bool *ret_bad) {
     *ret_bad = end == VMM_REFUSED;
     if (end == VMM_REFUSED)
         return "; the template is no good, and is removed";
-    if (end == VMM_KILLED || (vm->warm.overdue && warm_time(vm) < WARM_MOST_MS))
+    if (end == VMM_HINDERED || (vm->warm.overdue && warm_time(vm) < WARM_MOST_MS))
         return "; that says nothing about the template, which stays";
     *ret_bad = warm_doubt(vm->daemon->warm, vm->warm.template);
     return *ret_bad ? ", as has the one before it: the template is removed"

@@ -103,7 +103,7 @@ static const struct qemu_shutdown {
     {"guest-reset", "the guest has restarted, or its kernel has panicked", VMM_ENDED},
     {"guest-panic", "the guest's kernel has panicked", VMM_ENDED},
     {"host-qmp-quit", "it was told to quit", VMM_ENDED},
-    {"host-signal", "it was told to by a signal", VMM_KILLED},
+    {"host-signal", "it was told to by a signal", VMM_HINDERED},
     {"host-error", "an error on the host", VMM_ENDED},
 };
 
@@ -120,7 +120,8 @@ static void qemu_on_event(void *arg, const char *name, const json_t *data) {
 }
 
 /* A template that QEMU cannot load makes it exit with a status that is none of success, or crash.
- * Before it was told to load it, whatever ails it is something else. */
+ * What ails it before it was told to load it is something else. And with no guest yet that could
+ * end it, and no word in QMP, status 0 is a signal. */
 static enum vmm_end qemu_judge_end(const struct qemu *q, const struct process_end *end) {
     if (q->template == TEMPLATE_REFUSED)
         return VMM_REFUSED;
@@ -128,11 +129,11 @@ static enum vmm_end qemu_judge_end(const struct qemu *q, const struct process_en
         return q->shutdown->end;
     if (q->stage == STAGE_KILLED)
         return VMM_ENDED;
-    /* With no guest that could end it and no word in QMP, status 0 is a signal as well. */
-    if (process_was_killed(end) || (end->status == 0 && q->template != TEMPLATE_NONE))
-        return VMM_KILLED;
-    bool wrong = end->status > 0 || end->signal;
-    return wrong && q->template == TEMPLATE_TOLD ? VMM_REFUSED : VMM_ENDED;
+    if (process_was_killed(end) || q->template == TEMPLATE_UNTOLD)
+        return VMM_HINDERED;
+    if (q->template == TEMPLATE_TOLD)
+        return end->status == 0 ? VMM_HINDERED : VMM_REFUSED;
+    return VMM_ENDED;
 }
 
 static void qemu_on_exited(void *arg, const struct process_end *end) {
@@ -536,7 +537,8 @@ static unsigned qemu_end_strays(const char *dir) {
 
 static json_t *qemu_save(const struct vmm *vmm) {
     const struct qemu *q = qemu_of(vmm);
-    if (q->stage == STAGE_EXITED || q->template == TEMPLATE_UNTOLD)
+    if (q->stage == STAGE_EXITED || q->template == TEMPLATE_UNTOLD ||
+        q->template == TEMPLATE_REFUSED)
         return NULL;
     json_t *saved = json_pack("{s:s, s:i, s:s}", "socket", q->socket, "port", q->port, "accel",
                               q->kvm ? "kvm" : "tcg");

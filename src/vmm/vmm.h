@@ -48,8 +48,8 @@ enum vmm_end {
     VMM_ENDED,       /* no more than the words */
     VMM_POWERED_OFF, /* the guest has done so itself, in order */
     /* Of a start from a template: */
-    VMM_KILLED,  /* by a signal of somebody else's, which says nothing about the template */
-    VMM_REFUSED, /* it does not take the template, or has died of it */
+    VMM_HINDERED, /* by the host (a signal of somebody's, no memory), whatever the template is */
+    VMM_REFUSED,  /* it does not take the template, or has died of it */
 };
 
 /* What a VMM tells. `arg` is the caller's of create() or adopt(). */
