@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -714,6 +715,20 @@ class Guest:
 
     def qemu(self):
         return self.info()["pid"]
+
+    def machine(self):
+        """Its CPUs, its memory in MiB (less what the kernel keeps) and the command line of its kernel, as the guest sees them; of a
+        fake's guest, which is none, as the fake was told."""
+        if REAL or BACKEND == "qemu":
+            cpus, memory, line = self.ssh("nproc; awk '/^MemTotal/ { print $2 }' /proc/meminfo; cat /proc/cmdline").splitlines()
+            return int(cpus), int(memory) / 1024, line.decode()
+        told = " ".join(self.daemon.fake().requests())
+
+        def last(pattern):
+            return re.findall(pattern, told)[-1]
+
+        memory = last(r'"mem_size_mib":(\d+)') if BACKEND == "firecracker" else int(last(r'"memory":\{[^}]*"size":(\d+)')) >> 20
+        return int(last(r'"(?:vcpu_count|boot_vcpus)":(\d+)')), int(memory), json.loads(last(r'"(?:boot_args|cmdline)":("(?:[^"\\]|\\.)*")'))
 
     def ignore_power_button(self):
         """From now on the guest does not hear that it should power down."""

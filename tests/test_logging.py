@@ -377,6 +377,22 @@ def test_no_value_is_in_the_log_at_any_level_nor_where_others_can_read(daemon):
     assert "WRITE /a/jobs/j/env/J" in log and "WRITE /a/env/SET" in log
 
 
+def test_what_a_vmm_says_of_a_setting_is_in_error_and_the_log_names_the_setting(daemon):
+    one = daemon("log_level=debug")
+    os.mkdir(one.mount + "/.new/a")
+    write(one.mount + "/.new/a/config/cpu_model", "max,+s3cretfeature")
+    os.rename(one.mount + "/.new/a", one.vm("a"))
+    vm = one.guest("a")
+    with refused("ENODEV"):
+        write(vm / "status", "running")
+    assert "s3cretfeature" in vm.error() and "config/cpu_model" in vm.error()
+    os.rmdir(vm.path)
+    one.stop()
+    log = read(one.log)
+    assert "s3cretfeature" not in log
+    assert re.search(r"warning a: a did not boot: QEMU ended .*, and has words for config/cpu_model; .*\(in its `error`\)", log)
+
+
 def test_what_holds_values_is_the_owners_alone(daemon):
     secrets = Secrets()
     one = daemon("log_level=debug")

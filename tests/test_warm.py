@@ -497,7 +497,7 @@ exec {shutil.which("qemu-system-x86_64")} "$@"
     write(full, "")
     for name in ("a", "b"):
         assert one.boot(name).info()["warm"] is False
-        assert log_lines(one, f"{name} boots cold", template, "guest memory", "says nothing about the template")
+        assert log_lines(one, f"{name} boots cold", template, "exit status 1", "says nothing about the template")
     os.unlink(full)
     boot_warm(one, "after")
 

@@ -18,7 +18,7 @@ void doctor_check_backend(struct doctor *d) {
     const struct vmm_ops *backend;
     const char *name = d->settings->config.backend;
     cleanup_free char *why = NULL;
-    if (vmm_find(name, true, &backend, &why) < 0)
+    if (vmm_find(name, NULL, &backend, &why) < 0)
         doctor_find(d, "backend", DOCTOR_BROKEN,
                     "install it, or name another with -o backend= (attach is for machines that "
                     "exist already)",

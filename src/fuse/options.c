@@ -17,6 +17,7 @@
 #include "util/errors.h"
 #include "util/fs.h"
 #include "util/number.h"
+#include "vm/boot.h"
 #include "vm/image.h"
 #include "vm/spool.h"
 #include "vmm/vmm.h"
@@ -485,15 +486,14 @@ bool options_check(const struct options *options, char **ret_backend) {
          !check_device()))
         return false;
     /* A backend that cannot work is said before an image that is not there. */
-    if (vmm_find(config->backend, true, &backend, &why) < 0)
+    if (vmm_find(config->backend, NULL, &backend, &why) < 0)
         return option_say_why("-o backend", why);
-    *ret_backend = strndup(why, vmm_brief_length(why));
+    if (backend->existing) {
+        *ret_backend = strdup(why);
+        return *ret_backend;
+    }
     free(why);
     why = NULL;
-    if (!*ret_backend)
-        return option_say_why("-o backend", why);
-    if (backend->existing)
-        return true;
     if (image_open(&options->settings, config->image, &image, &why) < 0) {
         fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
         return false;
@@ -503,6 +503,10 @@ bool options_check(const struct options *options, char **ret_backend) {
         option = "-o memory";
     else if (image_check_disk(&image, config->image, config->disk, &why) < 0)
         option = "-o disk";
+    else if (boot_find_backend(&options->settings, config, &image, &backend, &why) < 0)
+        option = "-o backend";
+    else
+        *ret_backend = strndup(why, vmm_brief_length(why));
     image_close(&image);
-    return !option || option_say_why(option, why);
+    return option ? option_say_why(option, why) : *ret_backend != NULL;
 }

@@ -254,31 +254,6 @@ static int boot_initrd(struct vm_boot *boot, const struct boot_archives *archive
     return 0;
 }
 
-/* What it runs in, and what is booted, with its disk, or attached. */
-static int boot_find(struct vm_boot *boot) {
-    struct vm_boot_result *result = &boot->result;
-    const struct vm_config *config = &boot->config;
-    char *why = NULL;
-    int r = 0;
-    if (!vmm_is_for_existing(config->backend))
-        r = image_open(boot->settings, config->image, &result->image, &why);
-    if (r == 0)
-        r = vmm_find(config->backend, result->image.vsock_port, &result->backend, &result->why);
-    if (r == 0 && result->backend->existing)
-        r = machine_prepare(config, boot->key_path, &result->host_key, &why);
-    if (r == 0 && !result->backend->existing)
-        r = image_check_memory(&result->image, config->image, config->memory, &why);
-    if (r == 0 && !result->backend->existing)
-        r = image_check_disk(&result->image, config->image, config->disk, &why);
-    if (r == 0 && !result->backend->existing && config->disk)
-        r = disk_prepare(boot->dir, config->disk, &result->disk, &why);
-    if (why) {
-        free(result->why);
-        result->why = why;
-    }
-    return result->status = r;
-}
-
 void boot_configure(const struct settings *settings, const struct vm_config *vm,
                     const struct image *image, struct buf *boot_args,
                     struct vmm_config *ret_config) {
@@ -298,6 +273,46 @@ void boot_configure(const struct settings *settings, const struct vm_config *vm,
         .address = vm->address,
         .port = vm->port,
     };
+}
+
+int boot_find_backend(const struct settings *settings, const struct vm_config *config,
+                      const struct image *image, const struct vmm_ops **ret_backend,
+                      char **ret_why) {
+    cleanup_buf struct buf boot_args = {0};
+    struct vmm_config vmm;
+    boot_configure(settings, config, image, &boot_args, &vmm);
+    return boot_args.failed ? -ERR_NO_MEMORY
+                            : vmm_find(config->backend, &vmm, ret_backend, ret_why);
+}
+
+/* What it runs in, and what is booted, with its disk, or attached. A backend that cannot work is
+ * said before an image that is not there. */
+static int boot_find(struct vm_boot *boot) {
+    struct vm_boot_result *result = &boot->result;
+    const struct vm_config *config = &boot->config;
+    char *why = NULL;
+    int r = vmm_find(config->backend, NULL, &result->backend, &result->why);
+    if (r == 0 && !result->backend->existing) {
+        r = image_open(boot->settings, config->image, &result->image, &why);
+        if (r == 0)
+            r = boot_find_backend(boot->settings, config, &result->image, &result->backend, &why);
+        free(result->why);
+        result->why = why;
+        why = NULL;
+    }
+    if (r == 0 && result->backend->existing)
+        r = machine_prepare(config, boot->key_path, &result->host_key, &why);
+    if (r == 0 && !result->backend->existing)
+        r = image_check_memory(&result->image, config->image, config->memory, &why);
+    if (r == 0 && !result->backend->existing)
+        r = image_check_disk(&result->image, config->image, config->disk, &why);
+    if (r == 0 && !result->backend->existing && config->disk)
+        r = disk_prepare(boot->dir, config->disk, &result->disk, &why);
+    if (why) {
+        free(result->why);
+        result->why = why;
+    }
+    return result->status = r;
 }
 
 /* A template, if one may be used and fits; and what is to be made one of, if there could be one. A
@@ -355,10 +370,7 @@ static void boot_prepare_vmm(struct vm_boot *boot) {
     config.dir = boot->dir;
     config.initrd = result->initrd;
     config.disk = result->disk;
-    int r = vmm_check_config(result->backend, &config, &why);
-    if (r == 0 && result->backend->prepare)
-        r = result->backend->prepare(&config, &why);
-    if (r == 0)
+    if (!result->backend->prepare || result->backend->prepare(&config, &why) == 0)
         return;
     free(result->why);
     result->why = why;

@@ -247,7 +247,7 @@ static int record_adopt(struct vm *vm, const json_t *record, int state, char **r
         record_give_up(vm, strerror(-r));
     if (r < 0)
         return 0;
-    vmm_find(backend, true, &found,
+    vmm_find(backend, NULL, &found,
              &vm->backend_note); /* it runs, whatever that says: for `info` */
     record_resume(vm, record, state);
     return 0;

@@ -109,7 +109,7 @@ struct vm {
     struct buf host_key;                 /* public key blob that the guest must show */
     bool host_key_learned;               /* it is what an existing machine has shown first */
     bool met;                            /* an existing machine has had the variables before */
-    struct buf trouble;                  /* why an existing machine has not answered */
+    struct buf trouble;                  /* why the guest has not answered */
     char *user;                          /* whom to log in as */
 
     const struct guest_ops *guest;
@@ -129,7 +129,7 @@ struct vm {
     struct jobs *jobs;                        /* the commands of jobs/ */
     uint64_t last_scratch;                    /* numbers of temporary files */
 
-    uv_timer_t *timer;      /* boot deadline */
+    uv_timer_t *timer;      /* boot deadline; see machine_end_commands(), too */
     uv_timer_t *save_timer; /* see vm_save_soon() */
     struct list ending;     /* in daemon->ending, once it is gone */
     bool pausing;           /* the VMM has been asked, or will be (vm/pause.c) */
@@ -149,8 +149,10 @@ struct vm {
         uint64_t since; /* uv_now() */
     } * removers;
     size_t remover_count;
-    bool ephemeral;  /* it ends with the mount that made it */
-    bool destroying; /* rmdir has begun */
+    bool ephemeral;                        /* it ends with the mount that made it */
+    bool destroying;                       /* rmdir has begun */
+    void (*commands_ended)(struct vm *vm); /* see machine_end_commands(); NULL: nobody waits */
+    uint64_t commands_deadline;            /* uv_now() */
     bool attached;   /* the guest of this boot has been heard: its file is the truth */
     bool announcing; /* running as soon as the record says that it is attached */
     bool saving, save_again;
@@ -222,8 +224,8 @@ void vm_guest_lost(struct vm *vm, int status, const char *why);
 /* `info`: one JSON object; the caller owns it. */
 json_t *vm_info(const struct vm *vm);
 
-/* `ssh_config`: false while there is no address. */
-bool vm_ssh_config(const struct vm *vm, struct buf *out);
+/* `ssh_config`: while there is no address, one that has ssh say why, and fail. */
+void vm_ssh_config(const struct vm *vm, struct buf *out);
 
 /* Writes the VM's record (vm.json) soon, off the loop. */
 void vm_save(struct vm *vm);

@@ -62,11 +62,11 @@ struct qemu {
     enum qemu_stage stage;
     bool kvm;
     enum qemu_template template;
-    uint16_t port;                                          /* 0: not known yet */
-    unsigned quit_ms;                                       /* of stop() */
-    void (*paused)(void *arg, int status, const char *why); /* of pause(); or NULL */
-    char *socket;                                           /* owned; path */
-    char *log;                                              /* owned; path, of QEMU's own output */
+    uint16_t port;                        /* 0: not known yet */
+    unsigned quit_ms;                     /* of stop() */
+    vmm_paused *paused;                   /* of pause(); or NULL */
+    char *socket;                         /* owned; path */
+    char *log;                            /* owned; path, of QEMU's own output */
     const struct qemu_shutdown *shutdown; /* why QEMU ends, as QMP has told it; or NULL */
     char killed_for[200];                 /* why it had or will have to be killed; or empty */
 };
@@ -147,8 +147,6 @@ static void qemu_on_exited(void *arg, const struct process_end *end) {
         buf_printf(&why, ": %s", q->shutdown->text);
     cleanup_buf struct buf words = {0};
     process_last_words(q->log, &words);
-    if (words.len)
-        buf_printf(&why, "; its last words: %s", words.data);
 
     enum vmm_end verdict = qemu_judge_end(q, end);
     q->stage = STAGE_EXITED;
@@ -156,7 +154,8 @@ static void qemu_on_exited(void *arg, const struct process_end *end) {
     uv_timer_stop(&q->retry);
     unlink(q->socket);
     qmp_abort(q->qmp, -ERR_GONE, "QEMU has ended");
-    q->events.exited(q->arg, verdict, why.failed ? "QEMU ended" : why.data);
+    q->events.exited(q->arg, verdict, why.failed ? "QEMU ended" : why.data,
+                     words.len && !words.failed ? words.data : "");
 }
 
 static void qemu_kill(struct vmm *vmm) {
@@ -346,15 +345,14 @@ static void qemu_on_deadline(uv_timer_t *timer) {
 
 static void qemu_on_paused(void *arg, int status, const json_t *result, const char *why) {
     struct qemu *q = arg;
-    void (*done)(void *, int, const char *) = q->paused;
+    vmm_paused *done = q->paused;
     (void)result;
     q->paused = NULL;
     if (done && q->stage == STAGE_RUNNING)
-        done(q->arg, status, why ? why : "");
+        done(q->arg, status, why ? why : "", "");
 }
 
-static void qemu_pause(struct vmm *vmm, bool paused,
-                       void (*done)(void *arg, int status, const char *why)) {
+static void qemu_pause(struct vmm *vmm, bool paused, vmm_paused *done) {
     struct qemu *q = qemu_of(vmm);
     q->paused = done;
     qmp_command(qemu_connect(q), paused ? "stop" : "cont", NULL, QEMU_PAUSE_MS, qemu_on_paused, q);
@@ -606,11 +604,25 @@ static int qemu_check(char **ret_why) {
     return status;
 }
 
+static void qemu_add_misfits(const struct vmm_config *config, struct buf *out) {
+    const char *model = config->cpu_model ? config->cpu_model : "";
+    if (strcspn(model, ",") == 4 && strncmp(model, "host", 4) == 0) {
+        if (!host_has_kvm(NULL))
+            vmm_add_misfit(out, "config/cpu_model asks for the host's CPU, which takes KVM (max is "
+                                "the most without)");
+    } else if (model[0] && !qemu_has_cpu(model)) {
+        vmm_add_misfit(out, "it knows no such CPU as in config/cpu_model (qemu-system-x86_64 -cpu "
+                            "help lists them; empty it)");
+    }
+}
+
 const struct vmm_ops qemu_ops = {
     .name = "qemu",
     .traits = VMM_CPU_MODEL,
     .templates = &qemu_template_ops,
     .check = qemu_check,
+    .find_program = qemu_program_find,
+    .add_misfits = qemu_add_misfits,
     .create = qemu_create,
     .adopt = qemu_adopt,
     .end_strays = qemu_end_strays,
