@@ -42,7 +42,7 @@ def test_the_package_says_what_it_needs(package):
     fields = dict(re.findall(r"^(\S+): (.*)$", dpkg_deb("-f", package), flags=re.M))
     assert fields["Package"] == "vmsfs" and fields["Architecture"] == "amd64"
     assert fields["Section"] == "admin" and fields["Priority"] == "optional"
-    assert {"libc6", "libcurl4", "libfuse3-3", "libjansson4", "libssh2-1", "libuv1", "fuse3", "openssh-client"} == names_of(fields["Depends"])
+    assert {"libc6", "libcurl4", "libfuse3-3", "libjansson4", "libssh2-1", "libuv1", "zlib1g", "fuse3", "openssh-client"} == names_of(fields["Depends"])
     assert "qemu-system-x86" in names_of(fields["Recommends"])
     version = subprocess.run([f"{BUILD}/vmsfs", "--version"], capture_output=True, check=True, text=True).stdout.split()[1]
     assert fields["Version"] == version

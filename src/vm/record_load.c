@@ -193,7 +193,7 @@ static void record_give_up(struct vm *vm, const char *why) {
 static void record_resume(struct vm *vm, const json_t *record, int state) {
     const struct vmm_ops *ops = vm->backend;
     if (record_text(record, "template"))
-        vm->template = strdup(record_text(record, "template"));
+        vm->warm.template = strdup(record_text(record, "template"));
     vm->attached = json_is_true(json_object_get(record, "attached"));
     if (!ops->existing)
         vm->adopted_at = vars_generation(vm->vars) + 1;

@@ -77,8 +77,7 @@ void vm_unref(struct vm *vm) {
     free(vm->dir);
     config_free(&vm->config);
     free(vm->backend_note);
-    warm_forget(vm);
-    free(vm->bad_template);
+    warm_free_vm(vm);
     free(vm->user);
     free(vm->removers);
     for (size_t i = 0; i < CONFIG_SETTINGS; i++)
@@ -214,7 +213,7 @@ void vm_announce(struct vm *vm) {
     if (!vm->running_since.tv_sec)
         clock_gettime(CLOCK_REALTIME, &vm->running_since);
     vm_use(vm);
-    warm_want(vm);
+    warm_succeed(vm);
     vm_set_state(vm, VM_RUNNING);
     vars_resume(vm->vars);
     if (vm->pause_wanted && vm_pause(vm) < 0)
@@ -290,7 +289,7 @@ static void vm_vmm_ready(void *arg) {
     }
     if (vm->attached && vm->vmm->ops->pause)
         vm->vmm->ops->pause(vm->vmm, false, NULL);
-    control_start(vm->control, vm->template && vm->console_watch);
+    control_start(vm->control, vm->warm.template && vm->console_watch);
 }
 
 static bool vm_has_kvm(const struct vm *vm) {
@@ -323,14 +322,15 @@ static void vm_tell_failed_boot(struct vm *vm, bool powered_off, bool kvm, const
                     suspect ? VM_WITHOUT_KVM : "", quote.len ? ". It said: " : "");
 }
 
-static void vm_vmm_exited(void *arg, bool powered_off, const char *why, const char *words) {
+static void vm_vmm_exited(void *arg, enum vmm_end end, const char *why, const char *words) {
     struct vm *vm = arg;
     enum vm_state was = vm->state;
+    bool powered_off = end == VMM_POWERED_OFF;
     bool kvm = vm_has_kvm(vm);
     vm->vmm->ops->release(vm->vmm);
     vm->vmm = NULL;
     vm->attached = false;
-    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, why))) {
+    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, end, why))) {
         if (was == VM_FAILED || was == VM_STOPPED) {
             log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
         } else if (was == VM_STOPPING || (powered_off && was != VM_BOOTING)) {
@@ -459,7 +459,7 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
     warm_take_boot(vm, result);
     if (r == 0)
         r = vm_create_vmm(vm, result);
-    if (r < 0 && warm_fall_back(vm, strerror(-r)))
+    if (r < 0 && warm_fall_back(vm, VMM_HINDERED, strerror(-r)))
         return;
     if (r < 0) {
         vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,
@@ -523,7 +523,7 @@ json_t *vm_info(const struct vm *vm) {
     json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
     json_object_set_new(info, "booted_ms",
                         vm->booted_ms ? json_integer((json_int_t)vm->booted_ms) : json_null());
-    json_object_set_new(info, "warm", json_boolean(vm->template != NULL));
+    json_object_set_new(info, "warm", json_boolean(vm->warm.template != NULL));
     if (vm->vmm)
         vm->vmm->ops->describe(vm->vmm, info);
     vars_describe(vm->vars, info);

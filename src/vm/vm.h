@@ -95,10 +95,14 @@ struct vm {
         uint64_t removed; /* uv_now() when it was last unlinked; 0: it is there */
         char *text;       /* as it was written, if that is not how it would be printed; or NULL */
     } config_files[CONFIG_SETTINGS];
-    const struct vmm_ops *backend;       /* what it runs in, or ran in last; NULL: nothing yet */
-    char *template;                      /* it was started from; owned; NULL: it booted cold */
-    char *bad_template;                  /* to be removed with its next boot; owned, or NULL */
-    struct warm_plan *warm_plan;         /* of its boot, see vm/warm.h; owned, or NULL */
+    const struct vmm_ops *backend; /* what it runs in, or ran in last; NULL: nothing yet */
+    struct vm_warm {               /* see vm/warm.h */
+        char *template;            /* it was started from; owned; NULL: it booted cold */
+        char *bad_template;        /* to be removed with its next boot; owned, or NULL */
+        bool cold;                 /* that boot uses none */
+        bool overdue;              /* it has not answered in time, and is being ended */
+        struct warm_plan *plan;    /* of its boot; owned, or NULL */
+    } warm;
     char *backend_note;                  /* why that: vmm_ops.check() */
     struct vm_boot *boot;                /* preparation under way (vm/boot.c), or NULL */
     struct console_watch *console_watch; /* while booting (vm/console.c), or NULL */

@@ -112,20 +112,19 @@ static bool rest_console_ends_with(const struct rest *r, const char *words) {
     return n > 0 && memmem(tail, (size_t)n, words, strlen(words));
 }
 
-static void rest_on_exited(void *arg, const char *how) {
+static void rest_on_exited(void *arg, const struct process_end *end) {
     struct rest *r = arg;
     const char *title = r->dialect->title;
     /* Neither of them says why it ends, but the guest's kernel does. The status alone would be
      * that of success also after a panic, and is not known of a child of another daemon. */
     bool panicked = rest_console_ends_with(r, "Kernel panic - ");
     bool in_order = r->stage != STAGE_KILLED && !panicked &&
-                    (strcmp(how, "exit status 0") == 0 ||
-                     (r->adopted && rest_console_ends_with(r, "reboot: ")));
+                    (end->status == 0 || (r->adopted && rest_console_ends_with(r, "reboot: ")));
     cleanup_buf struct buf why = {0}, words = {0};
     if (r->stage == STAGE_KILLED && r->killed_for[0])
         buf_printf(&why, "%s, so %s was killed", r->killed_for, title);
     else
-        buf_printf(&why, "%s ended (%s)%s", title, how,
+        buf_printf(&why, "%s ended (%s)%s", title, end->how,
                    panicked ? ": the guest's kernel has panicked" : "");
     if (r->stage == STAGE_KILLED)
         buf_append_str(&words, r->killed_words);
@@ -142,7 +141,7 @@ static void rest_on_exited(void *arg, const char *how) {
     http_close(r->http);
     r->http = NULL;
     rest_unlink(r);
-    r->events.exited(r->arg, in_order, why.failed ? title : why.data,
+    r->events.exited(r->arg, in_order ? VMM_POWERED_OFF : VMM_ENDED, why.failed ? title : why.data,
                      words.len && !words.failed ? words.data : "");
 }
 

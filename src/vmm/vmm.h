@@ -45,15 +45,24 @@ struct vmm_config {
     unsigned port;
 };
 
+/* What a VMM's end says. */
+enum vmm_end {
+    VMM_ENDED,       /* no more than the words */
+    VMM_POWERED_OFF, /* the guest has done so itself, in order */
+    /* Of a start from a template: */
+    VMM_HINDERED, /* by the host (a signal of somebody's, no memory), whatever the template is */
+    VMM_REFUSED,  /* it does not take the template, or has died of it */
+};
+
 /* What a VMM tells. `arg` is the caller's of create() or adopt(). */
 struct vmm_events {
     /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
     void (*ready)(void *arg);
     /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not
-     * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence,
+     * released before. `why` is a sentence,
      * `words` what the VMM has said itself at last, or "": for the user alone and no log, as they
      * may quote what it was told. */
-    void (*exited)(void *arg, bool powered_off, const char *why, const char *words);
+    void (*exited)(void *arg, enum vmm_end end, const char *why, const char *words);
     /* What keeps ready() from coming, or the endpoint from being the right one; the backend goes on
      * trying. */
     void (*trouble)(void *arg, const char *why);
