@@ -8,7 +8,7 @@ s| (\[tests/[^]]*\](tests/[^)]*))||g
 
 # Links, then paths.
 s|\[contrib/guest/README\.md\](contrib/guest/README\.md)|[guest-images.md](guest-images.md)|g
-s|(contrib/guest/README\.md)|(guest-images.md)|g
+s|(contrib/guest/README\.md\(#[^)]*\)\{0,1\})|(guest-images.md\1)|g
 s|(vsock_bridge\.c)|(@CMAKE_INSTALL_FULL_DATADIR@/vmsfs/vsock_bridge.c)|g
 s|\[LICENSE\](LICENSE)|[copyright](copyright)|g
 s#(contrib/\(ansible\|puppet\|salt\)/#(examples/\1/#g
