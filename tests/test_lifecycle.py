@@ -191,7 +191,8 @@ def test_kill_9_of_the_daemon_while_a_vm_boots(daemon):
     pid = vm.qemu()
     one.kill()
     one.start()
-    assert vm.qemu() == pid
+    # One that is told what it is by requests may not have been told all: it is ended, and another boots.
+    assert vm.qemu() == pid or (harness.BACKEND != "qemu" and not pid_alive(pid))
     vm.wait("running")
     assert vm.value("EARLY") == b"e"
 

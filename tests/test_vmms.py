@@ -670,10 +670,11 @@ def test_a_program_that_is_gone_is_looked_for_again(host):
     assert one.boot("third").info()["backend_note"] == "Firecracker 1.10 with KVM"
 
 
-def test_a_program_that_does_not_answer_holds_up_one_boot_a_minute(host):
+@pytest.mark.parametrize("closed", ["", "exec >&- 2>&-\n"], ids=["silent", "closes its output"])
+def test_a_program_that_does_not_answer_holds_up_one_boot_a_minute(host, closed):
     one = host("firecracker", env={"VMSFS_KVM": "no"}, start=False)
     tries = os.path.join(one.path, "tries")
-    one.fake().install(f"#!/bin/sh\necho once >> {tries}\nexec sleep 71300\n")
+    one.fake().install(f"#!/bin/sh\necho once >> {tries}\n{closed}exec sleep 71300\n")
     one.start()
     for guest in one.boot("a", "b"):
         assert guest.info()["backend"] == "qemu"

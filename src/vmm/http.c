@@ -115,11 +115,17 @@ void http_close(struct http *http) {
 /* ---- the answer ---- */
 
 /* The server's words, without what would lead a terminal astray. */
+/* Control characters of both sets (ISO 6429: C1 is U+0080 to U+009F) would speak to a terminal. */
 static void words_append(struct buf *out, const char *text, size_t length) {
     size_t most = length < HTTP_WORDS_MAX ? length : HTTP_WORDS_MAX;
     for (size_t i = 0; i < most; i++) {
         unsigned char c = (unsigned char)text[i];
-        buf_append_char(out, c < 0x20 || c == 0x7f ? ' ' : text[i]);
+        if (c == 0xc2 && i + 1 < most && (unsigned char)text[i + 1] < 0xa0) {
+            buf_append_char(out, ' ');
+            i++;
+        } else {
+            buf_append_char(out, c < 0x20 || c == 0x7f ? ' ' : text[i]);
+        }
     }
 }
 

@@ -358,16 +358,18 @@ void process_release(struct process *p) {
     close(p->pidfd); /* uv_close() has taken it out of the loop */
 }
 
-/* Reads until the end of the pipe. -ETIMEDOUT when that takes longer. */
-static int pipe_read(int fd, unsigned timeout_ms, struct buf *output) {
+static int64_t clock_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    int64_t end = now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000 + timeout_ms;
+    return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+}
+
+/* Reads until the end of the pipe, or until `end` (ms): -ETIMEDOUT. */
+static int pipe_read(int fd, int64_t end, struct buf *output) {
     size_t left = 65536;
     for (;;) {
         char data[4096];
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        int64_t wait = end - (now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000);
+        int64_t wait = end - clock_ms();
         struct pollfd poll_fd = {.fd = fd, .events = POLLIN};
         int ready = wait > 0 ? poll(&poll_fd, 1, (int)wait) : 0;
         if (ready < 0 && errno == EINTR)
@@ -383,7 +385,21 @@ static int pipe_read(int fd, unsigned timeout_ms, struct buf *output) {
     }
 }
 
+/* What has closed its output may live on. */
+static int pid_wait(pid_t pid, int64_t end) {
+    cleanup_close int fd = pidfd_open(pid, 0);
+    for (;;) {
+        int64_t wait = end - clock_ms();
+        struct pollfd poll_fd = {.fd = fd, .events = POLLIN};
+        int ready = fd >= 0 && wait > 0 ? poll(&poll_fd, 1, (int)wait) : 0;
+        if (ready < 0 && errno == EINTR)
+            continue;
+        return ready > 0 ? 0 : ready < 0 ? -errno : -ETIMEDOUT;
+    }
+}
+
 int process_run(const char *program, char *const *argv, unsigned timeout_ms, struct buf *output) {
+    int64_t end = clock_ms() + timeout_ms;
     char *env[] = {(char[]){"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, (char[]){"LC_ALL=C"}, NULL};
     struct process_options options = {
         .program = program, .argv = argv, .env = env, .fds = {-1, -1}};
@@ -396,7 +412,9 @@ int process_run(const char *program, char *const *argv, unsigned timeout_ms, str
     close(fds[1]);
     if (status < 0)
         return status;
-    int read_status = pipe_read(from, timeout_ms, output);
+    int read_status = pipe_read(from, end, output);
+    if (read_status == 0)
+        read_status = pid_wait(pid, end);
     if (read_status < 0)
         kill(pid, SIGKILL);
     while (waitpid(pid, &status, 0) < 0)
