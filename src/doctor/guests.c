@@ -57,14 +57,14 @@ static int kvm_try(const struct doctor *d, unsigned *ret_ms, char **ret_why) {
 
 /* The same, whatever the CPU and the environment say. */
 static int kvm_try_anyway(const struct doctor *d, unsigned *ret_ms, char **ret_why) {
-    const char *told = getenv(HOST_KVM_VARIABLE);
+    const char *told = getenv("VMSFS_KVM");
     cleanup_free char *before = told ? strdup(told) : NULL;
-    setenv(HOST_KVM_VARIABLE, "yes", 1);
+    setenv("VMSFS_KVM", "yes", 1);
     int status = kvm_try(d, ret_ms, ret_why);
     if (before)
-        setenv(HOST_KVM_VARIABLE, before, 1);
+        setenv("VMSFS_KVM", before, 1);
     else
-        unsetenv(HOST_KVM_VARIABLE);
+        unsetenv("VMSFS_KVM");
     return status;
 }
 

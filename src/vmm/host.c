@@ -75,7 +75,7 @@ bool host_kvm_opens(void) {
 }
 
 bool host_has_kvm(const char **ret_why) {
-    const char *told = getenv(HOST_KVM_VARIABLE);
+    const char *told = getenv("VMSFS_KVM");
     const char *why = NULL;
     if (told && strcmp(told, "yes") == 0)
         return true;

@@ -8,8 +8,6 @@
  * caller frees it. */
 int host_find_program(const char *name, char **ret_path);
 
-#define HOST_KVM_VARIABLE "VMSFS_KVM"
-
 /* Whether KVM can be expected to work. If not, *ret_why (if not NULL) says in a few words why.
  * VMSFS_KVM=yes and VMSFS_KVM=no in the daemon's environment know better. */
 bool host_has_kvm(const char **ret_why);
