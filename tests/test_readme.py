@@ -228,6 +228,33 @@ def test_every_block_prints_what_is_shown(place):
     assert not problems, "\n".join(problems)
 
 
+# Of the table for those who come from an SDK: what is to fail, and what a guest of image tiny has no program for.
+FAILS = {"echo x > /vms/a/env/MY-VAR": 1, "cat bad.env >> /vms/a/environ": 1, "/vms/a/run python script.py": 127}
+
+
+@pytest.mark.deadline(300)
+def test_the_commands_for_those_who_come_from_an_sdk_work(place):
+    rows = re.findall(r"^\| .*? \| (.*) \|$", between("## Coming from an SDK", "### Compared").replace("\\|", "\0"), re.M)
+    commands = [span.replace("\0", "|") for row in rows for span in re.findall(r"`([^`]*/vms/[^`]*)`", row)]
+    assert len(commands) > 30
+    place.run("vmsfs /vms", check=True)
+    place.run("echo 'A=1' > app.env; echo 'B AD=1' > bad.env; echo : > script.sh; echo s > secret; ln -s /bin/true program", cwd="/mnt/readme")
+    place.run("mkdir /vms/a; cp -r contrib/presets/codex /vms/.new/a", cwd="/mnt/readme", check=True)
+    problems = []
+    for command in commands:
+        if " " not in command or command.startswith("/vms/.defaults/"):  # a path, and no command
+            continue
+        if re.match(r"mkdir /vms/a|cp -r", command):
+            place.run("rmdir /vms/a; rmdir /vms/.new/a 2>/dev/null")
+        else:
+            place.run("[ -d /vms/a ] || mkdir /vms/a; echo running > /vms/a/status; echo 1 > /vms/a/env/A; echo 2 > /vms/a/env/B", check=True)
+        command = command.replace("CMD", "true")
+        done = place.run(f"bash -c {shlex.quote(command)}", cwd="/mnt/readme")
+        if done.status != FAILS.get(command, 0):
+            problems.append(f"{command}: {done}")
+    assert not problems, "\n".join(problems)
+
+
 def named(words):
     """The blocks that begin so."""
     (found,) = [block for block in blocks() if block.text.startswith(words)]
