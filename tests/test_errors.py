@@ -869,14 +869,17 @@ def cut_off(m):
 def stopped_server(vm):
     """The machine is there, and does not answer. In the end it does again."""
     pids = [vm.sshd.process.pid, *children(vm.sshd.process.pid)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+
+    def tell(number):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # a session that has just ended
+                os.kill(pid, number)
+
+    tell(signal.SIGSTOP)
     try:
         yield
     finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        tell(signal.SIGCONT)
     wait_for(lambda: vm.status() == "running", "it answers again", 20)
 
 
