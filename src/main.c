@@ -42,6 +42,7 @@ struct program {
     char *backend;     /* what new VMs run in, for the log */
     int report;        /* pipe to the starting process; -1: foreground */
     bool settled, ending;
+    bool ready; /* it was mounted, and has answered */
 };
 
 static struct program program_self = {.report = -1};
@@ -75,11 +76,13 @@ static void program_notify(const char *state) {
 
 static void program_ready(struct daemon *d) {
     struct program *p = program_of(d);
+    if (p->report >= 0)
+        program_detach(p);
+    p->ready = true;
     log_info("mounted on %s, with %s", d->settings.mountpoint, p->backend);
     program_notify("READY=1");
     if (p->report < 0)
         return;
-    program_detach(p);
     (void)!write(p->report, "", 1);
     close(p->report);
     p->report = -1;
@@ -107,7 +110,8 @@ static void program_end(struct program *p) {
     if (p->ending)
         return;
     p->ending = true;
-    log_info("unmounting");
+    if (p->ready)
+        log_info("unmounting");
     program_notify("STOPPING=1");
     fuse_channel_unmount(p->channel);
     daemon_end_session(&p->daemon);
@@ -191,7 +195,8 @@ static int program_run(struct program *p) {
     if (status != EXIT_SUCCESS)
         program_end(p);
     uv_run(&p->loop, UV_RUN_DEFAULT);
-    log_info("ended");
+    if (p->ready)
+        log_info("ended");
     return status;
 }
 
@@ -245,6 +250,7 @@ static int program_fork(struct program *p) {
     }
     close(report[0]);
     p->report = report[1];
+    log_hold();
     return -1;
 }
 

@@ -9,9 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/un.h>
+#include <sys/time.h>
 
 #include "util/cleanup.h"
+#include "util/unix_socket.h"
 
 #define PROXY_BLOCK 65536
 #define PROXY_ANSWER_MS 5000 /* of the VMM, to the request for the port */
@@ -86,17 +87,17 @@ static void proxy_splice(int fd) {
 }
 
 int proxy_run(const char *path, const char *port) {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
     char request[64], *end;
     unsigned long number = strtoul(port, &end, 10);
     if (*end || end == port || number > UINT32_MAX)
         return proxy_fail(port, "this is no port");
-    if (strlen(path) >= sizeof address.sun_path)
-        return proxy_fail(path, strerror(ENAMETOOLONG));
-    memcpy(address.sun_path, path, strlen(path));
     cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
+    struct timeval most = {.tv_sec = PROXY_ANSWER_MS / 1000}; /* also of connect() */
+    if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most) < 0)
         return proxy_fail(path, strerror(errno));
+    int status = unix_connect(fd, path, 0);
+    if (status < 0)
+        return proxy_fail(path, unix_connect_error(status));
     int length = snprintf(request, sizeof request, "CONNECT %lu\n", number);
     if (write(fd, request, (size_t)length) != length || !proxy_is_granted(fd))
         return proxy_fail(path, "the guest does not answer at this port of its vsock");

@@ -28,24 +28,27 @@ collect_ignore = ["unit", "fuzz", "bench"]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "deadline(seconds): how long the test may take, with its fixtures")
+    config.addinivalue_line("markers", "qemu: about QEMU itself, or about what the other VMMs or their fakes do not have")
 
 
 # The tests that run on every backend, with VMSFS_TEST_BACKEND: what a VM is and does, whatever runs it.
 EVERYWHERE = {"test_lifecycle", "test_status"}
 # And those that are less about what runs it, which the two fakes share out among them: each runs on one of them. Of the others,
 # which take long or are about files above all, only some do. With VMSFS_TEST_ALL=1 all run on both.
-EITHER = {"test_exec", "test_run", "test_writers", "test_life", "test_prepare"}
+EITHER = {"test_boot", "test_config", "test_exec", "test_life", "test_prepare", "test_run", "test_security", "test_writers"}
 SOME = {"test_death"}
-FEW = {"test_env", "test_environ", "test_guest_truth", "test_jobs", "test_staging"}
+FEW = {"test_env", "test_environ", "test_faults", "test_guest_truth", "test_jobs", "test_staging", "test_tools"}
+# No other is here: what has no VM in it, has machines that nothing runs (attach), or names its backend.
 
 
 def pytest_collection_modifyitems(config, items):
     if harness.BACKEND == "qemu":
         return
-    wanted = [item for item in items if item.module.__name__ in EVERYWHERE]
+    fit = [item for item in items if not item.get_closest_marker("qemu")]
+    wanted = [item for item in fit if item.module.__name__ in EVERYWHERE]
     place = list(harness.PROGRAMS).index(harness.BACKEND)
     for modules, of in ((EITHER, 2), (SOME, 4), (FEW, 8)):
-        shared = sorted((item for item in items if item.module.__name__ in modules), key=lambda item: item.nodeid)
+        shared = sorted((item for item in fit if item.module.__name__ in modules), key=lambda item: item.nodeid)
         wanted += shared if os.environ.get("VMSFS_TEST_ALL") else shared[place::of]
     chosen = set(wanted)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

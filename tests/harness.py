@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -354,6 +355,21 @@ class Fake:
 
     def violations(self):
         return self.lines("violations")
+
+
+def make_jail(folder, path=None):
+    """A jail in a VM's folder (`path`, where the folder is that of a root elsewhere), with what stands for Firecracker and for its
+    jailer: fakes/jail.c. Returns the folder that is `/` there, and the command that starts it."""
+    number = 0xCBF29CE484222325  # FNV-1a
+    for byte in (path or folder).encode():
+        number = (number ^ byte) * 0x100000001B3 % (1 << 64)
+    name = f"vmsfs-{number:016x}"
+    root = f"jail/firecracker/{name}/root"
+    os.makedirs(os.path.join(folder, root))
+    program = os.path.join(folder, root, "firecracker")
+    subprocess.run(["cc", "-static", "-Wall", "-Wextra", "-Werror", "-o", program, f"{FAKES}/jail.c"], check=True, timeout=60)
+    root = os.path.join(path or folder, root)
+    return root, [f"{root}/firecracker", root, "65534", name]
 
 
 class Daemon:
@@ -727,6 +743,20 @@ class Guest:
 
     def qemu(self):
         return self.info()["pid"]
+
+    def machine(self):
+        """Its CPUs, its memory in MiB (less what the kernel keeps) and the command line of its kernel, as the guest sees them; of a
+        fake's guest, which is none, as the fake was told."""
+        if REAL or BACKEND == "qemu":
+            cpus, memory, line = self.ssh("nproc; awk '/^MemTotal/ { print $2 }' /proc/meminfo; cat /proc/cmdline").splitlines()
+            return int(cpus), int(memory) / 1024, line.decode()
+        told = " ".join(self.daemon.fake().requests())
+
+        def last(pattern):
+            return re.findall(pattern, told)[-1]
+
+        memory = last(r'"mem_size_mib":(\d+)') if BACKEND == "firecracker" else int(last(r'"memory":\{[^}]*"size":(\d+)')) >> 20
+        return int(last(r'"(?:vcpu_count|boot_vcpus)":(\d+)')), int(memory), json.loads(last(r'"(?:boot_args|cmdline)":("(?:[^"\\]|\\.)*")'))
 
     def ignore_power_button(self):
         """From now on the guest does not hear that it should power down."""

@@ -15,7 +15,7 @@ from tools_env import environment
 # What a VM of the shared daemon has; the tests give all daemons a boot_timeout.
 DEFAULTS = {
     "address": "",
-    "backend": "auto\n",
+    "backend": "auto\n" if harness.BACKEND == "qemu" else f"{harness.BACKEND}\n",
     "boot_args": "",
     "boot_timeout": f"{harness.BOOT_TIMEOUT}\n",
     "cpu_model": "",
@@ -109,7 +109,8 @@ def test_a_setting_is_written_and_set_back(stopped, name, text, value):
     assert os.stat(path).st_mtime_ns > before
     assert str(record(stopped)[name]) == value.strip()
     sh(': > "$F"', F=path)  # committed when it is closed, which nobody waits for
-    wait_for(lambda: read(path) == DEFAULTS[name], f"{name} is the default")
+    default = "auto\n" if name == "backend" else DEFAULTS[name]  # vmsfs' own, not that of the mount
+    wait_for(lambda: read(path) == default, f"{name} is the default")
 
 
 @pytest.mark.parametrize(
@@ -256,9 +257,8 @@ def test_settings_are_what_the_next_boot_is_made_of(daemon):
     write(setting(vm, "env_file"), "/srv/my vars/env.sh\n")
     write(vm.env("KEY"), "value\n")
     write(vm / "status", "running\n")
-    assert vm.ssh("nproc").strip() == b"2"
-    assert 110_000 < int(vm.ssh("grep MemTotal /proc/meminfo").split()[1]) < 160 * 1024
-    line = vm.ssh("cat /proc/cmdline").decode()
+    cpus, mebibytes, line = vm.machine()
+    assert cpus == 2 and 110 < mebibytes <= 160
     assert line.rstrip().endswith("from.file=1 and=2") and "console=" in line and "from.option" not in line
     assert b"export KEY='value'" in vm.ssh("cat '/srv/my vars/env.sh'")
     write(vm.env("KEY"), "new\n")

@@ -189,6 +189,9 @@ def test_every_operation_on_a_stopped_qemu_ends_within_its_deadline(new_vm, moun
                 assert sh(script, D=vm.path, check=False, seconds=30).returncode != 0, name
         with refused("ETIMEDOUT", "EHOSTUNREACH"):
             write(vm / "exec", "true")
+        assert "does not answer: " in vm.error() and "exec" not in vm.error(), "the words are about this, not what was lost"
+        done = sh('"$D/run" true', D=vm.path, check=False)
+        assert done.returncode == 255 and b"does not answer: " in done.stderr, done
     finally:
         os.kill(pid, signal.SIGCONT)
     vm.wait("running", 40)

@@ -12,8 +12,19 @@ import sys
 import pytest
 
 from harness import (
-    IMAGES, VMSFS, environment, kill_and_wait, mount_line, pid_alive, process_state, read, takes_at_most, wait_for,
-)  # fmt: skip
+    IMAGES,
+    VMSFS,
+    environment,
+    kill_and_wait,
+    make_jail,
+    mount_line,
+    pid_alive,
+    process_state,
+    read,
+    read_bytes,
+    takes_at_most,
+    wait_for,
+)
 
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
@@ -129,6 +140,18 @@ def test_a_missing_image_is_told_with_the_folders_that_were_searched(state, tmp_
     assert missing["status"] == "warning"
 
 
+def test_the_program_that_makes_an_image_is_named_as_it_is_installed(tmp_path):
+    program = shutil.copy(VMSFS, tmp_path / "vmsfs")
+    builder = tmp_path / "vmsfs-guest-tiny"
+    builder.write_text("#!/bin/sh\n")
+    builder.chmod(0o755)
+    argv = [program, "doctor", "--json", "-o", f"state={tmp_path}/state,image=nothing"]
+    found = Report(subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment()))
+    image = found.one("image", '"nothing"')
+    for text in (image["remedy"], image["found"]):
+        assert "build one with vmsfs-guest-tiny," in text and "contrib" not in text
+
+
 def test_a_broken_image_is_told_and_whole_ones_are_listed(state, tmp_path):
     images = tmp_path / "images"
     (images / "broken").mkdir(parents=True)
@@ -159,6 +182,22 @@ def test_a_daemon_that_runs_is_told_and_not_disturbed(daemon):
     assert found.one("mount", one.mount)["found"] == f"{one.mount} answers"
     assert os.listdir(one.mount + "/.new") == ["a"]
     assert read(one.log) == before
+
+
+def test_a_daemon_that_goes_on_for_a_copy_of_its_mount_is_told_with_who_has_it(daemon):
+    one = daemon()
+    script = f'exec 3<{one.mount}/.defaults/config/memory; echo; exec sleep 1000'
+    with subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE) as holder:
+        try:
+            holder.stdout.readline()
+            assert report(one.state).one("state")["status"] == "ok", "it is mounted"
+            subprocess.run(["fusermount3", "-uz", one.mount], check=True, timeout=20)
+            found = report(one.state).one("state")
+        finally:
+            holder.kill()
+    assert found["status"] == "warning" and found["remedy"].endswith(f"kill {one.pid}")
+    assert f"the mount namespace of process {holder.pid} has a copy of its mount, {one.mount}" in found["found"]
+    one.wait_end()
 
 
 def test_a_lock_is_looked_at_and_not_taken(daemon):
@@ -544,6 +583,30 @@ def test_a_vmm_that_no_daemon_will_find_is_told(daemon):
     assert left["status"] == "warning" and left["remedy"] == f"kill {pid}" and "lost" in left["found"]
     kill_and_wait(pid)
     assert report(one.state).one("processes")["status"] == "ok"
+
+
+def test_a_firecracker_in_a_jail_that_no_daemon_will_find_is_told(state):
+    _, argv = make_jail(f"{state}/vms/jailed")
+    os.chmod(state, 0o700)
+    with subprocess.Popen(argv) as jailed:
+        try:
+            wait_for(lambda: b"--id" in read_bytes(f"/proc/{jailed.pid}/cmdline"), "it is in its jail")
+            assert report(state).one("processes")["found"].startswith("1 VMs run here")
+            shutil.rmtree(f"{state}/vms/jailed")
+            left = report(state).one("processes")
+        finally:
+            jailed.kill()
+    assert left["status"] == "warning" and left["remedy"] == f"kill {jailed.pid}" and "in a jail" in left["found"]
+
+
+@pytest.mark.parametrize("place", ["{}/vms/lost", "path={}/vms/lost", "/srv{}/vms/lost"])
+def test_a_path_that_ends_like_the_state_directorys_is_another(state, place):
+    argv = ["/usr/bin/qemu-system-x86_64", "-c", "import sys; print(); sys.stdin.read()", place.format(state)]
+    with subprocess.Popen(argv, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        found = report(state).one("processes")
+        process.stdin.close()
+    assert found["status"] == ("ok" if place.startswith("/srv") else "warning")
 
 
 def test_no_value_is_in_the_report(daemon):

@@ -319,18 +319,20 @@ def test_what_is_injected_is_what_is_described(daemon):
     one.boot("injected")
     image = json.loads(read(f"{IMAGES}/tiny/image.json"))
     archives = read_bytes(f"{one.state}/vms/injected/initrd")
-    for name in ("initrd", "disk_initrd"):
-        archive = read_bytes(f"{IMAGES}/tiny/{image[name]}")
-        assert archives.startswith(archive)
-        archives = archives[len(archive) :]
-    listing = subprocess.run(["cpio", "-tv", "--quiet"], input=archives, capture_output=True, check=True, timeout=30)
+    images = b"".join(read_bytes(f"{IMAGES}/tiny/{image[name]}") for name in ("initrd", "disk_initrd"))
     real = {}
-    for line in listing.stdout.decode().splitlines():
-        mode, _links, owner, group, *_rest, path = line.split()
-        assert (owner, group) == ("root", "root")
-        if mode.startswith("-"):
+    for archive, kind in zip(archives.split(images), "d-", strict=True):
+        listing = subprocess.run(["cpio", "-tv", "--quiet"], input=archive, capture_output=True, check=True, timeout=30)
+        for line in listing.stdout.decode().splitlines():
+            mode, _links, owner, group, *_rest, path = line.split()
+            assert (mode[0], owner, group) == (kind, "root", "root")
             bits = "".join("0" if letter == "-" else "1" for letter in mode[1:])
             real["/" + path] = f"{int(bits, 2):04o}"
+    folders = {path: mode for path, mode in real.items() if any(other.startswith(path + "/") for other in real)}
+    assert folders.pop("/root") == folders.pop("/root/.ssh") == "0700"
+    assert set(folders.values()) == {"0755"}
+    for path in ("/root", "/root/.ssh", *folders):
+        del real[path]
     terms = Page("vmsfs-guest.7").terms("INJECTION")
     said = dict(re.fullmatch(r"(/\S+) \((\d{4})\)", term).groups() for term in terms)
     same(said.items(), real.items(), "injected files and their modes")

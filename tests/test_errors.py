@@ -407,6 +407,9 @@ def commands(m):
         os.write(fd, b"true\n")
     with m.meets(path, "write", "EINTR"), opened(one) as fd:
         write_interrupted(fd, b"sleep 60\n")
+    with m.meets(path, "read", "EAGAIN"), opened(one, os.O_RDWR | os.O_NONBLOCK) as fd:
+        os.write(fd, b"sleep 60\n")
+        os.read(fd, 10)
     with m.meets(path, "read", "EINTR"), opened(one, os.O_RDWR) as fd:
         os.write(fd, b"sleep 60\n")
         read_interrupted(fd)
@@ -509,11 +512,6 @@ def jobs(m):
     for file in ("stdout", "stderr", "exit"):
         with m.meets(f"{name}/{file}", "write", "EPERM"):
             put(f"{one}/{file}", b"x")
-    for file in ("stdin",):
-        with m.meets(f"{name}/{file}", "open", "EPERM"):
-            take(f"{one}/{file}")
-    with m.meets(f"{name}/signal", "read", "EINVAL"):
-        take(f"{one}/signal")
     with m.meets(f"{name}/signal", "write", "EINVAL"):
         write(f"{one}/signal", "NONE")
     with m.meets(f"{name}/signal", "write", "EBUSY"):

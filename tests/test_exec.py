@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -107,6 +108,32 @@ def test_several_lines_are_one_command(vm):
     assert vm.exec("x=1\nfor i in 1 2; do\n  echo $x$i\ndone\n\n# a comment\ncat <<EOF\nhere\nEOF\n") == b"11\n12\nhere\n"
 
 
+def test_a_command_that_comes_in_pieces_does_not_run_its_rest_by_itself(vm):
+    """`cd somewhere` and `rm -r *`: the second where the first would have led is another thing than the second alone."""
+    vm.ssh("rm -f /root/made; rm -rf /tmp/there; mkdir /tmp/there")
+    lines = "'cd /tmp/there\ntouch made'"
+    for script in (
+        f"echo {lines} > exec",  # bash's echo writes line by line
+        "{ echo 'cd /tmp/there'; echo 'touch made'; } > exec",
+        "printf '%s\n' 'cd /tmp/there' 'touch made' > exec",
+    ):
+        done = run(vm, "bash", script, check=False)
+        assert done.returncode != 0 and b"nvalid argument" in done.stderr, script
+        assert "line by line" in vm.error()
+        assert vm.ssh("ls /root /tmp/there | grep -c made", check=False) == b"0\n"
+    for script in (f"cat > exec <<'END'\ncd /tmp/there\ntouch made\nEND", f"x=$(printf {lines}); cat <<< \"$x\" > exec"):
+        run(vm, "bash", script)
+        assert vm.ssh("rm /tmp/there/made; ls /root") == b""
+    for shell in ("dash", "zsh", "ksh", "busybox"):
+        run(vm, shell, f"echo {lines} > exec")
+        assert vm.ssh("rm /tmp/there/made; ls /root") == b""
+
+
+@shells
+def test_an_open_file_takes_one_command_after_the_other(vm, shell):
+    assert run(vm, shell, "exec 3>exec; echo 'echo a' >&3; echo 'echo b' >&3; cat exec").stdout == b"b\n"
+
+
 def test_quotes_and_bytes_of_a_command_arrive_as_they_are(vm):
     assert vm.exec("""printf '%s\\n' "it's" '"$HOME"' \\\\ 'ü' `echo b` $(echo c)""").decode() == (
         "it's\n\"$HOME\"\n\\\nü\nb\nc\n"
@@ -170,6 +197,27 @@ def test_read_write_use_streams_output_as_it_comes(vm):
         os.close(fd)
 
 
+def test_a_session_can_be_polled(vm):
+    vm.ssh("rm -f /tmp/polled")
+    fd = os.open(vm / "exec", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN | select.POLLOUT)
+        assert poll.poll(0) == [(fd, select.POLLIN | select.POLLOUT)]
+        os.write(fd, b"until [ -e /tmp/polled ]; do usleep 20000; done; echo there")
+        assert poll.poll(200) == []
+        with refused("EAGAIN"):
+            os.read(fd, 100)
+        vm.ssh("touch /tmp/polled")
+        assert poll.poll(20000)[0][1] & select.POLLIN
+        assert os.read(fd, 100) == b"there\n"
+        # The end is readable, too.
+        wait_for(lambda: poll.poll(10000)[0][1] & select.POLLIN, "the end is told")
+        assert os.read(fd, 100) == b""
+    finally:
+        os.close(fd)
+
+
 def test_closing_a_read_write_session_ends_its_command(vm):
     fd = os.open(vm / "exec", os.O_RDWR)
     os.write(fd, b"exec sleep 4321")
@@ -186,7 +234,7 @@ def test_the_shell_s_own_read_write_redirection(vm):
 def test_a_reader_follows_a_command_that_runs(vm):
     vm.ssh("rm -f /tmp/go")
     with echo(vm, "echo first; until [ -e /tmp/go ]; do usleep 20000; done; echo second") as writer:
-        wait_for(lambda: os.stat(vm / "exec").st_size == 6 + 1, "the first line, and more to come")
+        wait_for(lambda: os.stat(vm / "exec").st_size == 6, "the first line")
         with Client(["cat", vm / "exec"]) as reader:
             assert reader.process.stdout.read(6) == b"first\n"
             vm.ssh("touch /tmp/go")

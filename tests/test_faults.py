@@ -224,7 +224,7 @@ ALL = {"BYSTANDER": b"is left\nalone\n", "FROM": b"new value\n", "KEY": OLD}
 
 
 @pytest.mark.deadline(590)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(name, marks=[pytest.mark.qemu] if name == "cut" else []) for name in FAULTS])
 def test_no_tool_reports_success_when_the_update_fails(box, folder, fault):
     """All tools one after the other on one fault, and every one is judged."""
     prepare(box)
@@ -431,6 +431,7 @@ def test_a_new_key_whose_write_fails_does_not_stay(box):
     assert guest_keys(box) == ["BYSTANDER", "FROM", "KEY"]
 
 
+@pytest.mark.qemu
 @pytest.mark.deadline(200)
 def test_a_writer_whose_connection_is_cut_is_told(box):
     """Cut in the middle of a burst: whatever was acknowledged is there."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -248,8 +249,10 @@ def test_of_many_that_start_at_once_one_mounts_and_the_others_are_told(daemon, d
         one.process, one.detached = None, True
         RUN.record_pid(one.pid)
         assert sorted(start.returncode != 0 for start in starts) == [False] + [True] * 5, said
+        # It is another process before it leaves its caller.
+        early = [start.pid for start in starts if start.returncode == 0]
         for start, words in zip(starts, said):
-            assert start.returncode == 0 or f"process {one.pid}" in words, words
+            assert start.returncode == 0 or re.search(rf"process ({one.pid}|{early[0]})\b", words), words
         assert set(os.listdir(one.mount)) == {".defaults", ".new"}
         # Who was refused has taken nothing away from who was not.
         assert os.path.isdir(runtime_dir(one.state))

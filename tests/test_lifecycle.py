@@ -36,7 +36,8 @@ def test_a_vm_is_stopped_and_started_through_status(new_vm):
     assert not pid_alive(pid)
     info = vm.info()
     assert "pid" not in info and "port" not in info
-    assert read(vm / "ssh_config") == ""
+    done = subprocess.run(vm.ssh_argv() + ["true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True)
+    assert (done.returncode, done.stderr) == (255, "vmsfs: cycle is stopped: `echo running > status` starts it\n")
     with refused("EBUSY", "ENODEV"):
         write(vm / "exec", "true")
     assert "stopped" in vm.error()

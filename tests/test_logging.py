@@ -38,15 +38,19 @@ def requests(log):
     return [m.groups() for m in map(REQUEST.fullmatch, lines(read(log))) if m]
 
 
-def in_namespace(one, log=None):
-    """Has a daemon started in a mount namespace of its own, with this socket as the system's log, or none. Returns where
-    its mount is to be found."""
+def with_log(argv, log=None):
+    """The command in a mount namespace of its own, with this socket as the system's log, or none."""
     script = (
         "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/urandom c 1 9; "
         f"mknod -m 666 /dev/fuse c 10 229; {f'ln -s {log} /dev/log;' if log else ''}"
     )
-    argv = one.argv()
-    one.argv = lambda: ["unshare", "-m", "sh", "-ec", script + 'exec "$@"', "sh", *argv]
+    return ["unshare", "-m", "sh", "-ec", script + 'exec "$@"', "sh", *argv]
+
+
+def in_namespace(one, log=None):
+    """Has a daemon started in one. Returns where its mount is to be found."""
+    argv = with_log(one.argv(), log)
+    one.argv = lambda: argv
     one.detached = True
     one.start()
     return f"/proc/{one.pid}/root{one.mount}"
@@ -173,20 +177,57 @@ def test_a_stderr_that_is_not_the_journals_stream_is_read_by_people(daemon):
         assert lines(read(one.log))
 
 
+def told(server, pid, priority):
+    """The next line that the system's log is told, without what it begins with."""
+    form = r"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d vmsfs\[(\d+)\]: (.*)"
+    line = server.recv(65536).decode()
+    found = re.fullmatch(form, line).groups()
+    assert found[:2] == (str(3 << 3 | priority), str(pid)), line
+    return found[2]
+
+
 def test_the_background_tells_the_systems_log(daemon, syslog):
     one = daemon(start=False)
     server, path = syslog
     mount = in_namespace(one, path)
+    assert read(one.log) == "", "who has started it is told nothing, as nothing is wrong"
     assert os.readlink(f"/proc/{one.pid}/fd/2") == "/dev/null"
+    assert told(server, one.pid, 6).startswith(f"mounted on {one.mount}, with ")
     os.mkdir(mount + "/.new/a")
     with refused("EINVAL"):
         write(mount + "/.new/a/env/MY-VAR", "x")
-    told = server.recv(65536).decode()
-    form = r"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d vmsfs\[(\d+)\]: (.*)"
-    priority, pid, text = re.fullmatch(form, told).groups()
-    assert (int(priority), int(pid)) == (3 << 3 | 4, one.pid)
-    assert text.startswith("a: env/MY-VAR: ")
+    assert told(server, one.pid, 4).startswith("a: env/MY-VAR: ")
     assert not os.path.exists(one.state + "/log")
+
+
+def test_what_is_found_wrong_before_the_mount_is_said_and_logged(daemon, syslog):
+    one = daemon("log_level=debug", start=False)
+    server, path = syslog
+    os.makedirs(f"{one.state}/vms/a", 0o700)
+    write(f"{one.state}/vms/a/vm.json", "{")
+    in_namespace(one, path)
+    said = [line for line in read(one.log).splitlines() if "could not be read" in line]
+    assert len(said) == 1 and said[0].startswith("vmsfs: a: the record of a could not be read"), read(one.log)
+    assert "mounted on" not in read(one.log)
+    lines_told = []
+    while not lines_told or not lines_told[-1].startswith("mounted on "):
+        lines_told.append(server.recv(65536).decode().split("]: ", 1)[1])
+    assert said[0].removeprefix("vmsfs: ") in lines_told
+
+
+@pytest.mark.parametrize("where", ["background", "foreground"])
+def test_a_start_that_fails_says_why_and_nothing_of_an_end(daemon, syslog, where):
+    one = daemon()
+    server, path = syslog
+    other = f"{one.path}/other"
+    os.mkdir(other)
+    argv = [one.program, other, "-o", one.options, *(["-f"] if where == "foreground" else [])]
+    done = subprocess.run(with_log(argv, path), env=environment(), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"vmsfs: .*{one.pid}.*\n(vmsfs: .*\n)*", done.stderr), done.stderr
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.recv(65536)
 
 
 def test_a_log_that_takes_nothing_holds_up_nobody(daemon, syslog):
@@ -206,7 +247,8 @@ def test_without_a_system_log_there_is_a_file_for_the_owner(daemon):
     with refused("EINVAL"):
         write(mount + "/.new/a/env/MY-VAR", "x")
     log = one.state + "/log"
-    assert [line.split(": ")[1] for line in lines(read(log))] == ["env/MY-VAR"]
+    first, second = lines(read(log))
+    assert first.startswith(f"mounted on {one.mount}, with ") and second.startswith("a: env/MY-VAR: ")
     assert stat.S_IMODE(os.stat(log).st_mode) == 0o600
     assert os.readlink(f"/proc/{one.pid}/fd/2") == log
 
@@ -375,6 +417,22 @@ def test_no_value_is_in_the_log_at_any_level_nor_where_others_can_read(daemon):
         assert name in log, name
     assert len(secrets.all) > 40
     assert "WRITE /a/jobs/j/env/J" in log and "WRITE /a/env/SET" in log
+
+
+def test_what_a_vmm_says_of_a_setting_is_in_error_and_the_log_names_the_setting(daemon):
+    one = daemon("log_level=debug")
+    os.mkdir(one.mount + "/.new/a")
+    write(one.mount + "/.new/a/config/cpu_model", "max,+s3cretfeature")
+    os.rename(one.mount + "/.new/a", one.vm("a"))
+    vm = one.guest("a")
+    with refused("ENODEV"):
+        write(vm / "status", "running")
+    assert "s3cretfeature" in vm.error() and "config/cpu_model" in vm.error()
+    os.rmdir(vm.path)
+    one.stop()
+    log = read(one.log)
+    assert "s3cretfeature" not in log
+    assert re.search(r"warning a: a did not boot: QEMU ended .*, and has words for config/cpu_model; .*\(in its `error`\)", log)
 
 
 def test_what_holds_values_is_the_owners_alone(daemon):

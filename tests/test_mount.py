@@ -8,10 +8,11 @@ import subprocess
 
 import pytest
 
-from harness import BUILD, ROOT, mount_line, sanitizer_environment
+from harness import BUILD, ROOT, mount_line, read, sanitizer_environment, wait_for
 from private import Place
 
 OPTIONS = "state=/mnt/state,images=/mnt/build/images"
+OTHER = "state=/mnt/other,images=/mnt/build/images"
 USER_OPTIONS = "state=/mnt/home/state,images=/mnt/build/images"
 
 # /etc/fstab and /etc/fuse.conf are files of the place's own, to be written by the tests.
@@ -64,7 +65,7 @@ def mounted(place):
 @pytest.mark.parametrize("kind", ["vmsfs", "fuse.vmsfs"])
 def test_mount_by_type_and_umount(place, kind):
     done = place.run(f"mount -t {kind} vms /mnt/vms -o {OPTIONS},backend=qemu,memory=512")
-    assert done.status == 0, done
+    assert done.status == 0 and not done.out and not done.err, done
     # At once: mount returns when it answers.
     assert place.run("cat /mnt/vms/.defaults/config/memory", check=True).out == "512\n"
     assert find(place, "SOURCE,FSTYPE").split() == ["vms", "fuse.vmsfs"]
@@ -157,7 +158,7 @@ def test_mount_a_knows_its_line_whatever_the_options(place, options):
 
 def test_a_second_mount_of_the_name_with_other_options_is_refused_wherever_it_is_asked_for(place):
     first = f"mount -t vmsfs vms /mnt/vms -o {OPTIONS}"
-    others = ["state=/mnt/other,memory=300", f"{OPTIONS},memory=300", f"ro,{OPTIONS}", OPTIONS.partition(",")[0]]
+    others = [f"{OTHER},memory=300", f"{OPTIONS},memory=300", f"ro,{OPTIONS}", OPTIONS.partition(",")[0]]
     place.run(first, check=True)
     for line in ("", f"vms /mnt/vms vmsfs {OPTIONS} 0 0", f"lab /mnt/vms vmsfs {OPTIONS},memory=300 0 0"):
         write_fstab(place, line)
@@ -166,7 +167,7 @@ def test_a_second_mount_of_the_name_with_other_options_is_refused_wherever_it_is
                 done = place.run(f"mount -t vmsfs vms /mnt/vms -o {options}", cwd=folder)
                 assert done.status == 32 and "vms is mounted on /mnt/vms already" in done.err, (line, folder, options, done)
     # By another name it is another mount, above the first one.
-    place.run("mount -t vmsfs lab /mnt/vms -o state=/mnt/other,memory=300", check=True)
+    place.run(f"mount -t vmsfs lab /mnt/vms -o {OTHER},memory=300", check=True)
     assert place.run("cat /mnt/vms/.defaults/config/memory").out == "300\n"
     assert place.run("grep -c fuse.vmsfs /proc/self/mounts").out == "2\n"
     place.run("umount /mnt/vms", check=True)
@@ -271,6 +272,61 @@ def test_another_mount_namespace(place):
     assert done.status == 0 and "vms" in done.out, done
 
 
+HOLDER = """
+    unshare --mount sh -c 'echo $$ >/mnt/home/pid; %s exec sleep 1000' >/dev/null 2>&1 &
+    until [ -s /mnt/home/pid ] && [ "$(cat /proc/$(cat /mnt/home/pid)/comm)" = sleep ]; do :; done
+"""
+
+
+def hold_copies(place, first=""):
+    """A process with a mount namespace of its own, which has a copy of each mount. Returns its number."""
+    place.run(HOLDER % first, check=True)
+    return place.run("cat /mnt/home/pid").out.strip()
+
+
+def daemons(place):
+    return place.run("pgrep -x -r D,R,S vmsfs").out.split()  # nobody waits for those that have ended
+
+
+@pytest.mark.parametrize("then", ["true", "mount -t tmpfs other /mnt/vms", f"mount -t vmsfs other /mnt/vms -o {OPTIONS}"])
+def test_an_unmount_ends_the_daemon_whoever_has_copies_of_the_mount(place, then):
+    """As of a container: with a namespace of its own, which hears nothing of an unmount here. What is mounted next in
+    that place is left alone."""
+    place.run(f"mount -t vmsfs vms /mnt/vms -o {OPTIONS}", check=True)
+    (first,) = daemons(place)
+    pid = hold_copies(place)
+    assert "/mnt/vms fuse.vmsfs" in place.run(f"cat /proc/{pid}/mounts").out
+    place.run(f"umount /mnt/vms && {then}", check=True)
+    wait_for(lambda: first not in daemons(place), "the daemon has ended")
+    assert "not connected" in place.run(f"nsenter -t {pid} -m ls /mnt/vms").err
+    assert place.run("findmnt -n -o SOURCE /mnt/vms").out.strip() == ("" if then == "true" else "other")
+    assert place.run("ls -A /mnt/vms").out == (".defaults\n.new\n" if "vmsfs" in then else "")
+
+
+def test_what_is_open_where_a_copy_is_goes_on_until_it_is_closed(place):
+    place.run(f"mount -t vmsfs vms /mnt/vms -o {OPTIONS},memory=384", check=True)
+    first = daemons(place)
+    pid = hold_copies(place, "exec 3</mnt/vms/.defaults/config/memory;")
+    place.run("umount /mnt/vms", check=True)
+    other = place.run(f"mount -t vmsfs vms /mnt/vms -o {OPTIONS}")
+    assert other.status == 32 and first[0] in other.err, "the state directory is in use"
+    assert place.run(f"cat </proc/{pid}/fd/3").out == "384\n"
+    place.run(f"kill {pid}")
+    wait_for(lambda: not daemons(place), "the daemon has ended")
+
+
+def test_a_mount_that_is_moved_or_has_a_second_place_is_still_there(place):
+    place.run(f"mount -t vmsfs vms /mnt/vms -o {OPTIONS} && mkdir /mnt/moved /mnt/second", check=True)
+    first = daemons(place)
+    hold_copies(place)
+    place.run("mount --move /mnt/vms /mnt/moved && mount --bind /mnt/moved /mnt/second && umount /mnt/moved", check=True)
+    # It has looked when it has missed a mount: there is one that it would.
+    place.run("for i in 1 2 3 4 5 6 7 8; do mount -t tmpfs none /mnt/moved; sleep 0.1; umount /mnt/moved; sleep 0.1; done")
+    assert daemons(place) == first and place.run("ls -A /mnt/second").out == ".defaults\n.new\n"
+    place.run("umount /mnt/second", check=True)
+    wait_for(lambda: not daemons(place), "the daemon has ended")
+
+
 # ---- users ----
 
 
@@ -352,6 +408,17 @@ def test_systemd_finds_nothing_amiss_in_the_units(units):
     (units / "vmsfs@srv-vms.service").symlink_to("vmsfs@.service")
     done = systemd_analyze("verify", "--man=no", *names)
     assert done.returncode == 0 and not done.stdout and not done.stderr, done
+
+
+def test_systemd_finds_nothing_amiss_in_the_drop_in(units):
+    (units / "vmsfs@srv-vms.service").symlink_to("vmsfs@.service")
+    folder = units / "vmsfs@.service.d"
+    folder.mkdir()
+    text = read(os.path.join(ROOT, "contrib", "systemd", "examples", "jail-and-tap.conf"))
+    for more, sound in (("", True), ("DeviceAllowed=/dev/kvm\n", False)):  # the second time to see that it is looked at
+        (folder / "jail-and-tap.conf").write_text(text + more)
+        done = systemd_analyze("verify", "--man=no", str(units / "vmsfs@srv-vms.service"))
+        assert (done.returncode == 0 and not done.stdout and not done.stderr) == sound, done
 
 
 def test_systemd_rates_the_service_as_ok(units):

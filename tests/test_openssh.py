@@ -3,12 +3,13 @@
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import threading
 
 import pytest
 
-from harness import CLEAN, Client, mount_line, read, sh, wait_for, write
+from harness import CLEAN, Client, children, mount_line, read, sh, wait_for, write
 from test_jobs import Job
 
 
@@ -200,3 +201,45 @@ def test_rsync_and_git_over_run(attached, tmp_path):
     wrapper.chmod(0o755)
     sh(f"rsync -a -e '{wrapper}' '{source}/' anyhost:'{target}/'")
     assert (target / "file").read_bytes() == (source / "file").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["rmdir", "stop"])
+def test_what_runs_on_a_machine_ends_when_it_is_left(attached, how):
+    vm = attached()
+    job = Job(vm).start("sleep 71201; :")
+    with Client('echo "sleep 71202" > "$F"', env={"F": vm / "exec", "PATH": os.environ["PATH"]}) as writer, Client(
+        [vm / "run", "sh", "-c", "trap '' TERM; sleep 71203; :"]
+    ) as runner:
+        for number in (1, 2, 3):
+            wait_for(lambda n=number: runs_here(f"sleep 7120{n}"), "it runs")
+        if how == "rmdir":
+            os.rmdir(vm.path)
+        else:
+            write(vm / "status", "stopped\n")
+        assert writer.result(15)[0] != 0
+        assert runner.result(15)[0] != 0
+    for number in (1, 2, 3):
+        wait_for(lambda n=number: not runs_here(f"sleep 7120{n}"), "it has ended")
+    if how == "stop":
+        assert job.exit() == "TERM"
+        write(vm / "status", "running\n")
+        write(vm / "exec", "true")
+
+
+def test_what_was_lost_on_a_machine_ends_when_it_is_attached_again(attached):
+    """The daemon cannot tell it at once: it does not answer."""
+    vm = attached()
+    job = Job(vm).start("sleep 71204; :")
+    wait_for(lambda: runs_here("sleep 71204"), "it runs")
+    server = vm.sshd.process.pid
+    os.kill(server, signal.SIGSTOP)
+    for pid in children(server):
+        if read(f"/proc/{pid}/cmdline").startswith("sshd:"):
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: vm.status() == "unreachable", "it is unreachable", 30)
+    assert job.exit() == "lost"
+    write(vm / "status", "stopped\n")
+    assert runs_here("sleep 71204")
+    os.kill(server, signal.SIGCONT)
+    write(vm / "status", "running\n")
+    wait_for(lambda: not runs_here("sleep 71204"), "it has ended")

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from harness import BUILD, ROOT, RUN, read, wait_for
+from harness import BUILD, ROOT, RUN, make_jail, read, takes_at_most, wait_for
 from private import Place
 
 # ---- the package ----
@@ -42,7 +42,7 @@ def test_the_package_says_what_it_needs(package):
     fields = dict(re.findall(r"^(\S+): (.*)$", dpkg_deb("-f", package), flags=re.M))
     assert fields["Package"] == "vmsfs" and fields["Architecture"] == "amd64"
     assert fields["Section"] == "admin" and fields["Priority"] == "optional"
-    assert {"libc6", "libcurl4", "libfuse3-3", "libjansson4", "libssh2-1", "libuv1", "fuse3", "openssh-client"} == names_of(fields["Depends"])
+    assert {"libc6", "libcurl4", "libfuse3-3", "libjansson4", "libssh2-1", "libuv1", "zlib1g", "fuse3", "openssh-client"} == names_of(fields["Depends"])
     assert "qemu-system-x86" in names_of(fields["Recommends"])
     version = subprocess.run([f"{BUILD}/vmsfs", "--version"], capture_output=True, check=True, text=True).stdout.split()[1]
     assert fields["Version"] == version
@@ -70,9 +70,32 @@ def test_the_package_holds_it_all_with_the_right_modes(package):
     assert not [path for path in wanted if listed.get("./" + path) != "-rw-r--r--"]
 
 
-def test_lintian_finds_no_errors(package):
-    done = subprocess.run(["lintian", "--fail-on", "error", package], capture_output=True, timeout=100, text=True)
-    assert done.returncode == 0 and not re.search(r"^E:", done.stdout, flags=re.M), done
+def test_lintian_finds_no_errors_and_has_no_warnings(package):
+    done = subprocess.run(["lintian", "--fail-on", "error,warning", package], capture_output=True, timeout=100, text=True)
+    assert done.returncode == 0 and not re.search(r"^[EW]:", done.stdout, flags=re.M), done
+
+
+def test_what_the_installed_documents_name_is_there(package, tmp_path):
+    """As they stand in the sources they name files of the sources."""
+    dpkg_deb("-x", package, str(tmp_path))
+    documents = sorted((tmp_path / "usr/share/doc/vmsfs").rglob("*.md"))
+    assert len(documents) == 5
+    for document in documents:
+        text = document.read_text(encoding="utf-8")
+        assert not re.findall(r"(?:contrib|tests|src|build|build-deb)/\S*|in the sources|<!--", text), document
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            if "://" not in link:
+                at = tmp_path / link[1:] if link[0] == "/" else document.parent / link
+                assert at.exists(), (document, link)
+        for path in re.findall(r"/usr/(?:share/(?:doc/)?|s?bin/)[\w.-]*vmsfs\b[\w./-]*", text):
+            # Where images may be put.
+            assert path.endswith("/images") or (tmp_path / path[1:].rstrip(".")).exists(), (document, path)
+    examples = tmp_path / "usr/share/doc/vmsfs/examples"
+    for name in ("ansible/site.yml", "ansible/roles/vmsfs_vm/tasks/main.yml", "puppet/vmsfs/manifests/vm.pp", "salt/vmsfs/init.sls"):
+        assert (examples / name).is_file(), name
+    assert os.access(examples / "ansible/vmsfs_inventory.py", os.X_OK)
+    manual = subprocess.run(["man", "-l", tmp_path / "usr/share/man/man8/vmsfs.8.gz"], capture_output=True, text=True, check=True).stdout
+    assert "/usr/share/doc/vmsfs/examples/" in manual and "jail-and-tap.conf" in manual
 
 
 def test_install_with_destdir_and_another_prefix(tmp_path):
@@ -107,14 +130,14 @@ exec unshare --cgroup sh -ec '
     mount -t cgroup2 none sys/fs/cgroup
     mount -t tmpfs -o mode=755 run run
     mount -t tmpfs -o mode=755 dev dev
-    mkdir dev/pts dev/shm
+    mkdir dev/pts dev/shm dev/net
     mount -t devpts -o newinstance,ptmxmode=666 pts dev/pts
     mount -t tmpfs shm dev/shm
     ln -s pts/ptmx dev/ptmx
     ln -s /proc/self/fd dev/fd
     node() { mknod -m 666 "dev/$1" c "$2" "$3"; }
     node null 1 3; node zero 1 5; node full 1 7; node random 1 8; node urandom 1 9; node tty 5 0
-    node fuse 10 229; node kvm 10 232; node autofs 10 235
+    node fuse 10 229; node kvm 10 232; node autofs 10 235; node net/tun 10 200
     exec chroot . env -i container=lxc PATH="$PATH" /lib/systemd/systemd --system --log-target=console </dev/null
 '
 """
@@ -180,9 +203,23 @@ def machine(package):
 
 
 def started(machine):
-    """Machines of vmsfs that run there, by name."""
+    """Machines of vmsfs that run there, by name; one that makes a template, in the background, is none yet."""
+    return [name for name in qemus(machine) if name != "template"]
+
+
+def qemus(machine):
     text = machine.run("cat /proc/[0-9]*/cmdline | tr '\\0' '\\n'").out
     return sorted(re.findall(r"^guest=([^,]+),process=", text, flags=re.M))
+
+
+def processes(machine, name):
+    """Their numbers. There is no pgrep."""
+    text = machine.sh("for file in /proc/[0-9]*/comm; do echo $file; cat $file; done 2>/dev/null || true")
+    return re.findall(rf"^/proc/(\d+)/comm\n{name}$", text, flags=re.M)
+
+
+def words(machine, pid):
+    return machine.run(f"tr '\\0' ' ' </proc/{pid}/cmdline").out.split()
 
 
 @pytest.mark.deadline(240)
@@ -251,6 +288,38 @@ def test_under_systemd_machines_outlive_the_service(machine):
     machine.sh("rmdir /vms/two; systemctl stop vmsfs@vms.service")
 
 
+def test_the_drop_in_allows_the_service_what_a_jailer_does(machine):
+    """All that it takes, and no more: without any line of it that is for the jailer it does not come up."""
+    _, argv = make_jail(f"{machine.root}/srv/jailed", "/srv/jailed")
+    machine.sh(f"""
+        cp -r /srv/jailed /srv/whole
+        mkdir -p /etc/systemd/system/vmsfs@.service.d /etc/systemd/system/vmsfs@jail.service.d
+        printf '[Service]\\nType=exec\\nRestart=no\\nExecStart=\\nExecStart={" ".join(argv)}\\n' >/etc/systemd/system/vmsfs@jail.service.d/test.conf
+    """)
+    example = machine.sh("cat /usr/share/doc/vmsfs/examples/jail-and-tap.conf")
+
+    def active():
+        return machine.run("systemctl is-active vmsfs@jail").out == "active\n"
+
+    def main():
+        return machine.sh("systemctl show -P MainPID vmsfs@jail").strip()
+
+    def comes_up(text):
+        with open(f"{machine.root}/etc/systemd/system/vmsfs@.service.d/jail-and-tap.conf", "w", encoding="utf-8") as f:
+            f.write(text)
+        machine.sh("systemctl stop vmsfs@jail; rm -r /srv/jailed; cp -r /srv/whole /srv/jailed; systemctl daemon-reload")
+        machine.run("systemctl start vmsfs@jail")
+        wait_for(lambda: not active() or "--id" in words(machine, main()), "it has failed, or is in its jail")
+        return active()
+
+    assert comes_up(example), machine.sh("journalctl -u vmsfs@jail --no-pager | tail; systemctl status vmsfs@jail || true")
+    assert machine.sh(f"stat -c %u /proc/{main()}") == "65534\n"
+    for part in ("CAP_CHOWN", "CAP_MKNOD", "CAP_SETUID", "CAP_SETGID", "RestrictNamespaces=mnt", "DeviceAllow=/dev/kvm rwm", "DeviceAllow=/dev/net/tun rwm"):
+        assert example.count(part) == 1, part
+        assert not comes_up(example.replace(part, "")), part
+    machine.sh("systemctl reset-failed; rm -r /etc/systemd/system/vmsfs@*.service.d /srv/jailed /srv/whole; systemctl daemon-reload")
+
+
 def test_automount_mounts_when_somebody_looks(machine):
     machine.sh("echo 'vms /vms vmsfs x-systemd.automount 0 0' >>/etc/fstab; systemctl daemon-reload; systemctl start vms.automount")
     assert not machine.run("findmnt -n -t fuse.vmsfs /vms").out
@@ -280,6 +349,35 @@ def test_removing_shuts_machines_down_and_keeps_what_they_are(machine):
     assert machine.sh("cat /vms/demo/status /vms/demo/env/GREETING") == "stopped\nhello from the host\n"
 
 
+@pytest.mark.deadline(240)
+def test_mounts_that_hang_hold_up_no_removal(machine):
+    machine.sh("systemctl stop vmsfs@vms; mkdir -p /srv/one '/srv/two parts' && vmsfs '/srv/two parts' -o state=/srv/two-state")
+    machine.sh("echo OPTIONS=state=/srv/one-state >/etc/vmsfs/srv-one.conf; systemctl start vmsfs@srv-one")
+    pids = processes(machine, "vmsfs")
+    assert len(pids) == 2
+    machine.sh(f"kill -STOP {' '.join(pids)}")
+    with takes_at_most(100, "removing"):
+        done = machine.run("apt-get -qy remove vmsfs </dev/null", seconds=110)
+    assert done.status == 0 and done.out.count("does not answer: its daemon is ended") == 2, done
+    assert not machine.run("findmnt -n -t fuse.vmsfs").out and not processes(machine, "vmsfs")
+    machine.sh("rm -r /srv/*; apt-get -qy install --no-install-recommends /root/again.deb; systemctl start vmsfs@vms")
+
+
+def left_of_it(machine):
+    assert "vmsfs" not in machine.sh("cat /proc/[0-9]*/comm") and qemus(machine) == []
+    assert not machine.run("findmnt -n -t fuse.vmsfs").out
+    return machine.sh("find / -xdev -name '*vmsfs*' ! -path '/root/*'; find /run -name '*vmsfs*'").splitlines()
+
+
+# What only looks like it is not touched.
+STAND_INS = """
+    qemu-system-x86_64 -S -nodefaults -display none -pidfile /var/lib/vmsfs/templates/new/pid </dev/null >/dev/null 2>&1 &
+    qemu-system-x86_64 -S -nodefaults -display none -pidfile /srv/var/lib/vmsfs/vms/pid </dev/null >/dev/null 2>&1 &
+    tail -f /var/lib/vmsfs/images/tiny/image.json >/dev/null 2>&1 &
+"""
+
+
+@pytest.mark.deadline(240)
 def test_purging_leaves_nothing(machine):
     # A machine that runs while nothing is mounted, one of another mount and state directory, a daemon that did not live to unmount,
     # and files of the administrator's.
@@ -287,11 +385,30 @@ def test_purging_leaves_nothing(machine):
     machine.sh("mkdir '/srv/my vms' /srv/dead; vmsfs '/srv/my vms' -o state=/srv/mine; mkdir '/srv/my vms/other'")
     machine.sh("echo running >'/srv/my vms/other/status'", 100)
     machine.sh("vmsfs /srv/dead -o state=/srv/killed; kill -9 $(cat /srv/killed/lock)")
+    # What `systemctl` makes.
+    machine.sh("systemctl enable vmsfs@vms.service vmsfs@srv-x.service; systemctl mask vmsfs@no.service; systemctl mask --runtime vmsfs@nor.service")
+    machine.sh("mkdir /etc/systemd/system/vmsfs@.service.d; cp /usr/share/doc/vmsfs/examples/*.conf /etc/systemd/system/vmsfs@.service.d")
     assert started(machine) == ["demo", "other"]
     machine.sh("apt-get -qy purge vmsfs", 100)
-    assert started(machine) == []
-    assert not machine.run("findmnt -n -t fuse.vmsfs").out
-    assert "vmsfs" not in machine.sh("cat /proc/[0-9]*/comm")
-    left = machine.sh("rm -r /root/*.deb /srv/*; find / -xdev -name '*vmsfs*'; find /run -name '*vmsfs*'").splitlines()
-    assert left == []
+    assert left_of_it(machine) == []
     assert machine.run("dpkg-query -W vmsfs").status != 0
+
+
+@pytest.mark.deadline(240)
+def test_purging_ends_what_came_after_the_removal(machine):
+    """Machines without a record, in a jail, or made for a template; a state directory that is a mount point, with another inside."""
+    machine.sh("mkdir -p /srv/state /var/lib/vmsfs && mount --bind /srv/state /var/lib/vmsfs")
+    machine.sh("apt-get -qy install --no-install-recommends /root/again.deb; vmsfs-guest-tiny; mkdir -p /vms; vmsfs /vms; mkdir /vms/a", 100)
+    machine.sh("echo running >/vms/a/status", 100)
+    machine.sh("cd /vms && apt-get -qy remove vmsfs", 100)
+    _, argv = make_jail(f"{machine.root}/srv/state/vms/jailed", "/var/lib/vmsfs/vms/jailed")
+    machine.sh("mkdir -p /var/lib/vmsfs/templates/new /var/lib/vmsfs/inside /srv/var/lib/vmsfs/vms /srv/kept && touch /srv/kept/file")
+    machine.sh(f"mount -t tmpfs none /var/lib/vmsfs/inside; touch /var/lib/vmsfs/inside/file; {' '.join(argv)} >/dev/null 2>&1 & {STAND_INS}")
+    wait_for(lambda: machine.run("ls /var/lib/vmsfs/templates/new/pid /srv/var/lib/vmsfs/vms/pid").status == 0, "both run")
+    wait_for(lambda: [pid for pid in processes(machine, "firecracker") if "--id" in words(machine, pid)], "it is in its jail")
+    done = machine.run("dpkg --purge vmsfs", seconds=100)
+    assert done.status == 0, done
+    assert machine.run("ls -AR /var/lib/vmsfs").out == "/var/lib/vmsfs:\ninside\n\n/var/lib/vmsfs/inside:\nfile\n"
+    assert [len(processes(machine, name)) for name in ("firecracker", "qemu-system-x86", "tail")] == [0, 1, 1]
+    machine.sh(f"kill {processes(machine, 'tail')[0]} $(cat /srv/var/lib/vmsfs/vms/pid); umount -l /var/lib/vmsfs/inside /var/lib/vmsfs; rm -r /srv/*; rmdir /var/lib/vmsfs")
+    assert left_of_it(machine) == []

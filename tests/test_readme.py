@@ -14,7 +14,7 @@ import subprocess
 
 import pytest
 
-from harness import BUILD, IMAGES, ROOT, environment, read, sanitizer_environment
+from harness import BUILD, IMAGES, ROOT, environment, read, sanitizer_environment, wait_for
 from private import Place
 
 TEXT = read(os.path.join(ROOT, "README.md"))
@@ -209,6 +209,13 @@ def prepare(place, block):
     if first.startswith("cat /vms/web/error > "):
         place.run("until mountpoint -q /vms; do sleep 0.1; done")
     place.run("mountpoint -q /vms || vmsfs /vms", check=True)
+    if first.startswith("mkdir /vms/w1"):  # when the template is there
+
+        def starts_warm():
+            script = "mkdir /vms/w0; echo running > /vms/w0/status; grep -q '\"warm\": true' /vms/w0/info; is=$?; rmdir /vms/w0; exit $is"
+            return place.run(script).status == 0
+
+        wait_for(starts_warm, "a VM starts from a template", 90, 1)
     makes_web = re.search(r"^mkdir (?:\S+ )*/vms/web(?:\s|$)", block.script, re.M)
     if makes_web and "rmdir /vms/web;" not in block.script:
         place.run("[ ! -d /vms/web ] || rmdir /vms/web", check=True)

@@ -304,8 +304,17 @@ def test_output_that_nobody_can_take_ends_it(vm, script):
         sh(script.format(run=f"'{vm / 'run'}'"), "bash", check=False)
 
 
-def test_a_closed_stderr_is_no_failure_of_its_own(vm):
+def test_a_little_output_that_could_not_be_written_is_no_success(vm):
+    for _ in range(10):  # the end of the command may be known when it is tried, or not yet
+        assert sh(f"'{vm / 'run'}' echo hi >/dev/full", check=False).returncode == 255
+        assert sh(f"'{vm / 'run'}' sh -c 'echo hi >&2' 2>/dev/full", check=False).returncode == 255
+
+
+def test_closed_outputs_are_no_failure_of_their_own(vm):
     assert sh(f"'{vm / 'run'}' echo fine 2>&-").stdout == b"fine\n"
+    done = sh(f"'{vm / 'run'}' sh -c 'echo gone; echo fine >&2' >&-")
+    assert (done.stdout, done.stderr) == (b"", b"fine\n")
+    assert sh(f"'{vm / 'run'}' sh -c 'echo gone; exit 3' <&- >&- 2>&-", check=False).returncode == 3
 
 
 @pytest.mark.parametrize("name", ["set", "vm", "job", "key", "value", "input", "status", "option"])

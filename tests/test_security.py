@@ -200,6 +200,7 @@ def test_what_is_in_a_state_directory_that_others_may_read_is_private_by_itself(
         assert "ermission denied" in as_nobody('ls "$D"', D=os.path.join(one.state, name)).stderr
 
 
+@pytest.mark.qemu
 def test_qemu_is_confined(vm):
     status = read(f"/proc/{vm.qemu()}/status")
     assert re.search(r"^Seccomp:\t2$", status, re.M)
@@ -208,7 +209,7 @@ def test_qemu_is_confined(vm):
     assert b"SECRET" not in read_bytes(f"/proc/{vm.qemu()}/environ")
 
 
-def test_qemu_inherits_no_descriptor_of_the_daemon(vm):
+def test_a_vmm_inherits_no_descriptor_of_the_daemon(vm):
     targets = []
     folder = f"/proc/{vm.qemu()}/fd"
     for fd in os.listdir(folder):
@@ -216,11 +217,11 @@ def test_qemu_inherits_no_descriptor_of_the_daemon(vm):
     assert not [target for target in targets if target == "/dev/fuse" or target.endswith("/lock")], targets
 
 
-def test_the_daemon_does_not_pass_its_environment_to_qemu(daemon):
+def test_the_daemon_does_not_pass_its_environment_to_a_vmm(daemon):
     one = daemon(env={"HOST_SECRET": "leaked-by-the-host"})
     guest = one.guest("clean")
     os.mkdir(guest.path)
-    wait_for(lambda: guest.info().get("port"), "QEMU runs", 30)
+    wait_for(lambda: guest.info().get("pid"), "its VMM runs", 30)
     assert "HOST_SECRET" not in read(f"/proc/{guest.qemu()}/environ")
 
 

@@ -2,10 +2,12 @@
 every request against the published specification (fakes/vmm.py); the other tests run on them with VMSFS_TEST_BACKEND."""
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 
@@ -15,6 +17,7 @@ import harness
 from harness import (
     IMAGES,
     PROGRAMS,
+    TIMEOUT,
     Client,
     pid_alive,
     read,
@@ -89,6 +92,71 @@ def test_the_requests_of_a_boot_and_their_order(host):
         assert guest.exec("echo hello from $(hostname)") == b"hello from box\n"
 
 
+# What it is given, and words of the fault; None: it is right.
+WRONG = {
+    "firecracker": [
+        ("PUT", "/machine-config", {"vcpu_count": 3, "mem_size_mib": 64, "smt": True}, "even number when SMT is enabled"),
+        ("PUT", "/machine-config", {"vcpu_count": 33, "mem_size_mib": 64}, "more than 32"),
+        ("PUT", "/machine-config", {"vcpu_count": 1}, "no mem_size_mib"),
+        ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "max"}, "cpu_template"),
+        ("PUT", "/machine-config", "{", "Expecting"),
+        ("PUT", "/drives/a", {"drive_id": "b", "is_root_device": False}, "drive_id is 'b'"),
+        ("PUT", "/machine-config", {"vcpu_count": 3, "mem_size_mib": 64}, None),
+        ("PUT", "/actions", {"action_type": "InstanceStart"}, "InstanceStart without /boot-source"),
+        ("PUT", "/nothing", {}, "there is no PUT /nothing"),
+    ],
+    "cloud_hypervisor": [
+        ("GET", "/vmm.ping", None, None),
+        ("PUT", "/vm.create", {"cpus": {"boot_vcpus": 1, "max_vcpus": 1}}, "no payload"),
+        ("PUT", "/vm.create", {"payload": {"cmdline": "console"}, "memory": {"size": "1"}}, "no integer"),
+        ("PUT", "/vm.create", "{", "Expecting"),
+        ("PUT", "/nothing", {}, "there is no PUT"),
+    ],
+}
+
+
+@each_backend
+def test_a_fake_refuses_what_it_notes(tmp_path, backend):
+    """As the real one does, and in its words: what is wrong shows in the daemon, too."""
+    fake = harness.Fake(str(tmp_path), backend)
+    socket_path = str(tmp_path / "s")
+    (tmp_path / "log").touch()
+    arguments = {
+        "firecracker": ["--id", "x", "--api-sock", socket_path, "--log-path", tmp_path / "log"],
+        "cloud_hypervisor": ["--api-socket", f"path={socket_path}", "--event-monitor", f"path={tmp_path}/events"],
+    }[backend]
+    process = subprocess.Popen([os.path.join(fake.bin, fake.program), *arguments], stdin=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: os.path.exists(socket_path), "it listens")
+        for method, path, body, words in WRONG[backend]:
+            noted = len(fake.violations())
+            text = body if isinstance(body, str) else None if body is None else json.dumps(body)
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            wait_for(lambda c=connection: c.sock.connect_ex(socket_path) == 0, "it takes connections")
+            connection.request(method, ("/api/v1" if backend == "cloud_hypervisor" else "") + path, text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            said = json.loads(answer.read() or "null")
+            connection.close()
+            if words is None:
+                assert answer.status < 300 and len(fake.violations()) == noted
+                continue
+            assert answer.status == (404 if "nothing" in path and backend == "cloud_hypervisor" else 400)
+            said = said["fault_message"] if backend == "firecracker" else ": ".join(said)
+            assert words in said
+            assert "SMT" in words or len(fake.violations()) > noted
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def test_firecracker_has_odd_numbers_of_cpus(host):
+    """Only with SMT, which is not asked for, it would want an even number."""
+    one = host("firecracker", options="vcpus=3")
+    one.boot("box")
+    assert '"vcpu_count":3' in " ".join(one.fake().requests())
+
+
 @each_backend
 def test_what_a_machine_is_told_is_what_is_configured(host, backend):
     one = host(backend, options="vcpus=2,memory=192,disk=32,boot_args=loglevel=7")
@@ -116,12 +184,16 @@ def test_a_boot_that_goes_wrong_says_how_and_leaves_nothing(host, backend, reque
     name = request_.removesuffix(" InstanceStart").replace(" /v", " /api/v1/v" if backend == "cloud_hypervisor" else " /v")
     assert name in error and TITLES[backend] in error
     assert {
-        "400": "status 400: ", "text": "status 500: plain words about what is wrong", "garbage": "no HTTP", "half": "closed before",
+        "400": "with status 400", "text": "with status 500", "garbage": "no HTTP", "half": "closed before",
         "flood": "has more than 1048576 bytes",
     }[fault] in error  # fmt: skip
     assert "\x1b" not in error
-    if fault == "400":
-        assert "the fake was told to refuse: as it was asked to" in error
+    said = {"400": "the fake was told to refuse: as it was asked to", "text": "plain words about what is wrong"}.get(fault)
+    if said:
+        # What it has said may quote what it was told: no business of the log.
+        assert f"It said: {'Error from API: ' if (fault, backend) == ('400', 'cloud_hypervisor') else ''}{said}" in error
+        log = read(one.log)
+        assert said not in log and f"{name}: it was refused with status" in log and "(in its `error`)" in log
 
 
 @each_backend
@@ -136,11 +208,66 @@ def test_a_vmm_that_hangs_at_its_start_is_ended_in_time(host, backend, what):
 
 
 @each_backend
+def test_a_vmm_that_is_slow_to_take_connections_is_waited_for(host, backend):
+    one = host(backend)
+    one.fake().do_wrong(start="crowded")
+    guest = one.guest("box")
+    os.mkdir(guest.path)
+    wait_for(lambda: sockets(one), "it listens")
+    with Client(["sh", "-c", 'echo running > "$1"', "sh", guest / "status"]) as client:
+        client.waits()
+        assert guest.status() == "booting" and one.fake().requests() == []
+        one.fake().do_wrong()
+        assert client.result(10)[0] == 0
+
+
+@each_backend
+def test_a_vmm_that_takes_no_connections_is_no_vmm_that_does_not_listen(host, backend):
+    one = host(backend)
+    one.fake().do_wrong(start="crowded")
+    with takes_at_most(START + 3, "the failure"):
+        error = fails_to_boot(one)
+    assert "it takes no connections" in error and "nobody listens" not in error
+
+
+@each_backend
+def test_a_vsock_that_is_slow_to_take_connections_is_waited_for(host, backend):
+    """As many connections as the guest has are not made by one who gives up at the first full queue."""
+    one = host(backend)
+    one.fake().do_wrong(vsock="crowded")
+    guest = one.boot("box")
+    with Client(f"echo true > {guest / 'exec'}") as client:
+        client.waits()
+        one.fake().do_wrong()
+        assert client.result(10) == (0, b"", "")
+    one.stop()
+    one.fake().do_wrong(vsock="crowded")
+    one.start()
+    wait_for(lambda: guest.status() == "running", "it was adopted")
+    with refused("ETIMEDOUT"):
+        write(guest / "exec", "true")
+    assert "it takes no connections" in guest.error()
+
+
+@each_backend
 def test_a_vmm_that_cannot_start_is_quoted(host, backend):
     one = host(backend)
     one.fake().do_wrong(start="die")
     with takes_at_most(3, "the failure"):
         assert "fake: it cannot start today" in fails_to_boot(one)
+
+
+@each_backend
+@pytest.mark.parametrize("how", ["says so", "ends without a word", "hangs"])
+def test_what_to_do_about_a_kvm_that_boots_nothing(host, backend, how):
+    one = host(backend, boot_timeout=2)
+    one.fake().do_wrong(**{"says so": {"start": "no kvm"}, "ends without a word": {BOOT[backend][-1]: "end"}, "hangs": {"vsock": "refuse"}}[how])
+    error = fails_to_boot(one)
+    assert "VMSFS_KVM=no in the daemon's environment" in error and "qemu in config/backend" in error
+    assert ("Cannot open /dev/kvm" in error) == (how == "says so")
+    # Nor is it at fault for everything.
+    one.fake().do_wrong(start="die")
+    assert "VMSFS_KVM" not in fails_to_boot(one)
 
 
 @each_backend
@@ -306,6 +433,33 @@ def test_a_guest_that_resets_has_ended(host, backend):
         assert "restarted" in guest.error()
 
 
+@pytest.mark.parametrize("how", ["many", "halves", "truncated", "replaced"])
+def test_a_reset_is_seen_however_much_was_noted_before(host, how):
+    """Cloud Hypervisor notes it in a file that grows as long as it runs."""
+    one = host("cloud_hypervisor")
+    guest = one.boot("box")
+    events = os.path.join(one.state, "vms", "box", "events.log")
+    one.fake().do_wrong(events=how)
+    if how == "replaced":
+        guest.ssh("true")
+        text = read(events)
+        for words in ("resumed", "rebooting"):  # the second replaces what has replaced it
+            write(events + ".new", text + json.dumps({"source": "vm", "event": words}))
+            os.rename(events + ".new", events)
+            if words == "resumed":
+                assert guest.exec("echo on") == b"on\n" and guest.status() == "running"
+    elif how == "truncated":
+        os.truncate(events, 0)
+        assert guest.exec("echo on") == b"on\n"
+        with open(events, "a", encoding="ascii") as f:
+            f.write('"rebooting"')
+    else:
+        guest.ssh("reboot", check=False)
+    guest.close()
+    wait_for(lambda: guest.status() == "failed", "it has ended")
+    assert "restarted" in guest.error()
+
+
 @each_backend
 def test_a_panic_is_named(host, backend):
     one = host(backend)
@@ -359,13 +513,41 @@ def test_openssh_uses_the_vsock(host, backend, tmp_path):
     done = subprocess.run(["ssh", *options, "box", "cat; exit 3"], input=big, capture_output=True, timeout=30)
     assert (done.returncode, done.stdout) == (3, big)
     write(guest / "status", "stopped")
-    assert read(guest / "ssh_config") == ""
+    assert subprocess.run(["scp", *options, "box:/tmp/big", tmp_path / "again"], capture_output=True, timeout=30).returncode == 255
+
+
+def test_ssh_to_a_vm_without_an_address_says_why_and_goes_nowhere(host, tmp_path):
+    """Not to a host of this name, were there one: `localhost` is."""
+    one = host("firecracker")
+    one.fake().do_wrong(start="hang")
+    guest = one.guest("localhost")
+
+    def ssh(**env):
+        argv = ["ssh", "-F", guest / "ssh_config", "localhost", "true"]
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True, env={**os.environ, **env}
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    os.mkdir(guest.path)
+    assert guest.status() == "booting"
+    assert ssh() == (255, "", "vmsfs: localhost is booting: `echo running > status` waits until it runs\n")
+    os.kill(wait_for(lambda: guest.info().get("pid"), "the VMM is there"), signal.SIGKILL)
+    wait_for(lambda: guest.status() == "failed", "it has failed")
+    failed = (255, "", "vmsfs: localhost is failed: its `error` says why, `echo running > status` starts it again\n")
+    assert ssh() == failed
+    # Whatever shell ssh has it run by.
+    for shell in ("bash", "dash", "zsh", "ksh"):
+        assert ssh(SHELL=shutil.which(shell)) == failed
+    one.fake().do_wrong()
+    write(guest / "status", "running")
+    assert ssh()[0] == 0
 
 
 def test_connect_says_what_is_wrong(host, tmp_path):
     one = host("firecracker")
     guest = one.boot("box")
-    socket = guest.info()["vsock_socket"]
+    vsock = guest.info()["vsock_socket"]
 
     def connect(*arguments):
         done = subprocess.run([harness.VMSFS, "--connect", *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True)
@@ -373,10 +555,10 @@ def test_connect_says_what_is_wrong(host, tmp_path):
         return done.stderr
 
     assert "No such file" in connect(str(tmp_path / "none"), "22")
-    assert "no port" in connect(socket, "ssh")
-    assert "File name too long" in connect("/" + "x" * 200, "22")
+    assert "no port" in connect(vsock, "ssh")
+    assert "No such file" in connect("/" + "x" * 200, "22")
     one.fake().do_wrong(vsock="refuse")
-    assert "does not answer" in connect(socket, "22")
+    assert "does not answer" in connect(vsock, "22")
 
 
 # ---- which backend ----
@@ -423,6 +605,71 @@ def test_auto_takes_the_first_that_works_and_says_why(host):
         assert info["backend"] == backend and words in info["backend_note"]
 
 
+@pytest.mark.parametrize(
+    "settings, backend, words",
+    [
+        ({"vcpus": "33"}, "cloud_hypervisor", "not firecracker: it has 32 CPUs at most"),
+        ({"vcpus": "32"}, "firecracker", "with KVM"),
+        ({"cpu_model": "T2"}, "firecracker", "with KVM"),
+        ({"cpu_model": "max"}, "qemu", "not firecracker: config/cpu_model is none of its templates"),
+        ({"cpu_model": "max", "vcpus": "64"}, "qemu", "not cloud_hypervisor: it has no use for config/cpu_model"),
+        ({"tap": "lo"}, "firecracker", "with KVM"),
+        ({"tap": "lo", "vcpus": "64"}, "cloud_hypervisor", "not firecracker: it has 32 CPUs at most"),
+    ],
+)
+def test_auto_takes_the_first_that_can_do_what_is_asked(host, settings, backend, words):
+    one = host(*BACKENDS, env={})
+    guest = one.guest("box")
+    os.mkdir(one.vm(".new/box"))
+    for name, value in settings.items():
+        write(one.vm(f".new/box/config/{name}"), value)
+    os.rename(one.vm(".new/box"), guest.path)
+    info = wait_for(lambda: guest.info() if guest.info()["backend"] != "auto" else None, "it was decided", 20)
+    assert info["backend"] == backend and words in info["backend_note"]
+
+
+def test_what_none_can_do_is_said_of_each(host, tmp_path):
+    one = host(*BACKENDS, env={})
+    os.mkdir(one.vm(".new/x"))
+    write(one.vm(".new/x/config/cpu_model"), "no-such-cpu")
+    write(one.vm(".new/x/config/tap"), "lo")
+    with refused("ENODEV"):
+        os.rename(one.vm(".new/x"), one.vm("x"))
+    error = read(one.vm(".new/x/error"))
+    for words in (
+        "no backend here can boot this",
+        "not firecracker: config/cpu_model is none of its templates",
+        "not cloud_hypervisor: it has no use for config/cpu_model",
+        "not qemu: it has no use for config/tap (empty it), it knows no such CPU as in config/cpu_model",
+    ):
+        assert words in error
+    assert "no-such-cpu" not in error
+    os.rmdir(one.vm(".new/x"))
+    # In a VM that is made at once, and as the defaults of a mount.
+    write(one.vm(".defaults/config/cpu_model"), "no-such-cpu")
+    write(one.vm(".defaults/config/backend"), "qemu")
+    assert "qemu cannot boot this: it knows no such CPU" in fails_to_boot(one)
+    assert "no backend here can boot this: not firecracker" in why_none(tmp_path, "jail_user=nobody", env={"VMSFS_KVM": "no"}, fakes=BACKENDS)
+
+
+def test_a_program_that_is_gone_is_looked_for_again(host):
+    one = host(*BACKENDS, env={})
+    one.boot("first")
+    program = os.path.join(one.fakes["firecracker"].bin, "firecracker")
+    os.rename(program, program + ".gone")
+    info = one.boot("second").info()
+    assert info["backend"] == "cloud_hypervisor" and "not firecracker: there is no firecracker in PATH" in info["backend_note"]
+    for name in one.vms():
+        os.rmdir(one.vm(name))
+    write(one.vm(".defaults/config/backend"), "firecracker")
+    assert "there is no firecracker in PATH" in fails_to_boot(one)
+    # Another version in its place is noticed, too.
+    one.fakes["firecracker"].install('#!/bin/sh\necho "Firecracker v1.2.0"\n')
+    assert "version 1.2" in fails_to_boot(one)
+    os.rename(program + ".gone", program)
+    assert one.boot("third").info()["backend_note"] == "Firecracker 1.10 with KVM"
+
+
 def test_auto_takes_qemu_where_there_is_no_kvm_and_settings_overrule_it(host):
     one = host(*BACKENDS, env={"VMSFS_KVM": "no"})
     guest = one.guest("box")
@@ -454,8 +701,11 @@ def old_image(tmp_path):
     return str(folder)
 
 
-def test_an_image_without_vsock(host, old_image):
-    one = host("firecracker", options=f"image={old_image}")
+def test_an_image_without_vsock(host, old_image, tmp_path):
+    error = why_none(tmp_path, f"backend=firecracker,image={old_image}", env={"VMSFS_KVM": "yes"}, fakes=["firecracker"])
+    assert '"vsock"' in error and "contrib/guest/tiny" in error
+    one = host("firecracker")
+    write(one.vm(".defaults/config/image"), old_image)
     error = fails_to_boot(one)
     assert '"vsock"' in error and "contrib/guest/tiny" in error
     one = host("firecracker", options=f"image={old_image}", env={})
@@ -509,11 +759,11 @@ def test_a_proxy_of_the_environment_is_not_asked(host, backend):
 
 @pytest.fixture
 def jailed(host):
-    def make(**kwargs):
-        one = host("firecracker", options="jail_user=nobody,disk=16", **kwargs)
+    def make(start=True):
+        one = host("firecracker", options="jail_user=nobody,disk=16", start=False)
         fake = one.fake()
         fake.install(f'#!/bin/sh\nexec {harness.FAKES}/jailer {fake.path} "$@"\n', "jailer")
-        return one
+        return one.start() if start else one
 
     return make
 
@@ -556,12 +806,76 @@ def test_a_jailed_firecracker_without_a_daemon_is_ended(jailed):
     guest.wait("running")
 
 
+class Trap:
+    """A socket of somebody else's, to which a jailed VMM would have root connect."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(self.path)
+        self.listener.listen(100)
+        self.listener.setblocking(False)
+
+    def take_the_place_of(self, path, how):
+        os.rename(path, path + ".own")
+        if how == "link":
+            os.symlink(self.path, path)
+        else:
+            os.link(self.path, path)
+
+    def heard(self):
+        """What those who have connected have said."""
+        found = []
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except BlockingIOError:
+                return found
+            with connection:
+                connection.settimeout(5)
+                found.append(connection.recv(100))
+
+
+@pytest.mark.parametrize("how", ["link", "socket"])
+def test_a_jailed_vmm_cannot_lead_root_to_another_socket(jailed, tmp_path, how):
+    trap = Trap(tmp_path / "trap")
+    one = jailed()
+    guest = one.boot("box")
+    guest.close()
+    folder = os.path.join(one.state, "vms/box/jail/firecracker")
+    root = os.path.join(folder, os.listdir(folder)[0], "root")
+    heard = [] if how == "link" else [b""]  # a connection that is closed at once
+    words = "what is there is not the VMM's socket"
+
+    trap.take_the_place_of(os.path.join(root, "api.sock"), how)
+    with refused("EACCES"):
+        write(guest / "status", "paused")
+    assert words in guest.error() and trap.heard() == heard
+    os.rename(os.path.join(root, "api.sock.own"), os.path.join(root, "api.sock"))
+    write(guest / "status", "paused")
+    write(guest / "status", "running")
+
+    one.kill()
+    trap.take_the_place_of(os.path.join(root, "vsock.sock"), how)
+    one.start()
+    wait_for(lambda: words in guest.error(), "the connection is refused", TIMEOUT + 5)
+    assert guest.status() == "unreachable"
+    assert set(trap.heard()) == set(heard)
+    if how == "link":
+        done = subprocess.run(["ssh", "-F", guest / "ssh_config", "box", "true"], capture_output=True, timeout=20, text=True)
+        assert done.returncode == 255 and words in done.stderr and trap.heard() == []
+    os.rename(os.path.join(root, "vsock.sock.own"), os.path.join(root, "vsock.sock"))
+    wait_for(lambda: guest.status() == "running", "it is reached", 20)
+
+
 def test_a_jail_that_cannot_be_says_why(host):
-    one = host("firecracker", options="jail_user=nobody")
+    one = host("firecracker")
+    write(one.vm(".defaults/config/jail_user"), "nobody")
     assert "no jailer in PATH" in fails_to_boot(one)
     one.fake().install("#!/bin/sh\nexit 1\n", "jailer")
     write(one.vm(".defaults/config/jail_user"), "no-such-user")
-    assert "no user no-such-user" in fails_to_boot(one)
+    error = fails_to_boot(one)
+    assert "no such user as in config/jail_user" in error and "no-such-user" not in error
 
 
 # ---- the image, as a whole ----

@@ -1,12 +1,15 @@
 """Warm boots: VMs that start from a template are as much their own as those that boot cold, and a template is made, used and
 removed without anybody having to know of it."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import struct
 import threading
 import time
+import zlib
 
 import pytest
 
@@ -40,6 +43,26 @@ def cold(daemon):
 
 def log_lines(one, *words):
     return [line for line in read(one.log).splitlines() if all(word in line for word in words)]
+
+
+def prepare(one, name, **settings):
+    """Makes a VM with these settings."""
+    os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
+    for setting, value in settings.items():
+        write(one.vm(f".new/{name}/config/{setting}"), f"{value}\n")
+    os.rename(one.vm(f".new/{name}"), one.vm(name))
+    return one.guest(name)
+
+
+def content_of(path):
+    """As template.json describes a file: its size, and the checksum of all that is not zero."""
+    number = size = 0
+    with open(path, "rb") as f:
+        while chunk := f.read(65536):
+            if any(chunk):
+                number = zlib.crc32(chunk, zlib.crc32(struct.pack("=q", size), number))
+            size += len(chunk)
+    return f"{size} {number:08x}"
 
 
 def boot_warm(one, *names):
@@ -165,6 +188,44 @@ def test_a_megabyte_of_variables_goes_through_the_port(warm):
         assert guest.value(f"K{i}") == f"{i}".encode() * 120_000
 
 
+@pytest.mark.deadline(240)
+def test_folders_that_a_guest_has_keep_mode_and_owner(cold):
+    """Also those in which its variables are: it is the image that says what they are."""
+    one = cold()
+    image = os.path.join(one.path, "image")
+    shutil.copytree(os.path.join(harness.IMAGES, "tiny"), image)
+    os.makedirs(os.path.join(one.path, "more", "srv", "odd"))
+    os.chmod(os.path.join(one.path, "more", "srv", "odd"), 0o1770)
+    harness.sh(f"cd {one.path}/more && echo srv/odd | cpio -o -H newc -R 7:7 >> {image}/initrd.img")
+    folders = {
+        "/srv/odd": "1770 7:7",
+        "/root": "700 0:0",
+        "/tmp": "1777 0:0",
+        "/srv/new/deep": "755 0:0",
+    }
+    for how, settings in (("cold", {}), ("warm", {}), ("disk", {"disk": "64M"})):
+        guests = {}
+        for number, folder in enumerate(folders):
+            name = f"{how}{number}"
+            os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
+            write(one.vm(f".new/{name}/env/WHERE"), folder + "\n")
+            guests[folder] = prepare(one, name, image=image, env_file=f"{folder}/vars.sh", **settings)
+        for folder, guest in guests.items():
+            guest.wait("running")
+            assert guest.info()["warm"] is (how == "warm")
+            assert guest.ssh(f"stat -c '%a %u:%g' {folder}").decode().strip() == folders[folder], how
+            assert f"WHERE='{folder}'" in guest.ssh(f"cat {folder}/vars.sh").decode()
+            assert guest.ssh("stat -c '%a %u:%g' /root /root/.ssh /etc /etc/ssh").decode().split("\n")[:4] == [
+                "700 0:0",
+                "700 0:0",
+                "755 0:0",
+                "755 0:0",
+            ]
+            os.rmdir(guest.path)
+        if how == "cold":
+            wait_for(one.templates, "a template is made", MADE)
+
+
 def test_what_a_guest_writes_to_its_port_goes_nowhere(warm):
     one = warm()
     guest = boot_warm(one, "port")
@@ -239,18 +300,111 @@ def test_a_changed_image_or_configuration_has_another_template(cold):
     boot_warm(one, "c")
 
 
+SETTINGS = {"memory": "160", "cpu_model": "max", "boot_args": "more"}
+DESCRIPTION = {"boot_args": " more", "warm_boot_args": " more"}  # at the end of what is there
+
+
 @pytest.mark.deadline(240)
-@pytest.mark.parametrize("damage", ["truncated memory", "changed memory", "changed state", "state that QEMU refuses"])
+def test_whatever_a_template_is_made_from_it_does_not_serve_what_differs(cold):
+    one = cold()
+    image = os.path.join(one.path, "image")
+    shutil.copytree(os.path.join(harness.IMAGES, "tiny"), image)
+    write(one.vm(".defaults/config/image"), image)
+    one.boot("first")
+    wait_for(one.templates, "a template is made", MADE)
+
+    def boots(name, warm, **settings):
+        guest = prepare(one, name, **settings)
+        guest.wait("running")
+        assert guest.info()["warm"] is warm, name
+        os.rmdir(guest.path)
+
+    for setting, value in SETTINGS.items():
+        boots(setting.replace("_", "-"), False, **{setting: value})
+    boots("as-before", True)
+    path = os.path.join(image, "image.json")
+    before = read(path)
+    for field, more in DESCRIPTION.items():
+        changed = json.loads(before)
+        changed[field] += more
+        write(path, json.dumps(changed))
+        boots("image-" + field.replace("_", "-"), False)
+    write(path, before)
+    boots("image-as-before", True)
+    for name in ("vmlinuz", "initrd.img"):
+        shutil.copyfile(os.path.join(image, name), os.path.join(image, "new"))
+        os.rename(os.path.join(image, "new"), os.path.join(image, name))
+        boots("new-" + name.partition(".")[0], False)
+
+
+@pytest.mark.deadline(240)
+def test_another_qemu_has_another_template(cold):
+    own = os.path.join(harness.RUN.path, f"qemu{harness.RUN.number()}")
+    program = os.path.join(own, "bin", "qemu-system-x86_64")
+    os.makedirs(os.path.dirname(program))
+    for name in ("share", "lib"):  # it looks for its firmware and modules from where it is
+        os.symlink(f"/usr/{name}", os.path.join(own, name))
+    shutil.copyfile(shutil.which("qemu-system-x86_64"), program)
+    os.chmod(program, 0o755)
+    one = cold(env={"PATH": f"{own}/bin:{harness.environment()['PATH']}"})
+    for version in ("old", "new"):
+        assert one.boot(f"{version}-first").info()["warm"] is False
+        assert os.readlink(f"/proc/{one.guest(f'{version}-first').qemu()}/exe") == program
+        wait_for(lambda: len(one.templates()) == (1 if version == "old" else 2), "a template is made", MADE)  # noqa: B023
+        boot_warm(one, f"{version}-second")
+        shutil.copyfile(program, program + ".new")  # as dpkg does it
+        os.chmod(program + ".new", 0o755)
+        os.rename(program + ".new", program)
+
+
+@pytest.mark.deadline(200)
+@pytest.mark.parametrize("what", ["machine", "guest"])
+def test_what_boots_for_long_does_not_hold_up_the_template(cold, what):
+    one = cold(boot_timeout=150)
+    if what == "machine":
+        stuck = prepare(one, "stuck", backend="attach", address="127.0.0.1", port=harness.free_port())
+    else:
+        stuck, _ = stop_when_reachable(one, "stuck")
+    assert one.boot("first").info()["warm"] is False
+    wait_for(lambda: log_lines(one, "making a template"), "one is begun", 22)
+    wait_for(one.templates, "a template is made", MADE)
+    assert stuck.status() == "booting"
+    boot_warm(one, "second")
+    os.rmdir(stuck.path)
+
+
+@pytest.mark.deadline(200)
+def test_a_template_is_made_though_one_vm_after_the_other_boots(cold):
+    one = cold(boot_timeout=150)
+    stuck = [stop_when_reachable(one, "s0")[0]]
+    assert one.boot("first").info()["warm"] is False
+    started = time.monotonic()
+    while not one.templates():
+        assert time.monotonic() - started < 60, read(one.log)
+        with contextlib.suppress(AssertionError):
+            wait_for(one.templates, "a template is made", 8)
+        stuck.append(stop_when_reachable(one, f"s{len(stuck)}")[0])
+    assert time.monotonic() - started > 20, "it has not waited for them"
+    assert {guest.status() for guest in stuck} == {"booting"}
+
+
+@pytest.mark.deadline(240)
+@pytest.mark.parametrize("damage", ["truncated memory", "a bit of memory", "changed state", "state that QEMU refuses"])
 def test_a_damaged_template_means_a_cold_boot_and_is_made_anew(warm, damage):
     one = warm(boot_timeout=60)
     (template,) = one.templates()
     description = os.path.join(template, "template.json")
     if damage == "truncated memory":
         os.truncate(os.path.join(template, "ram"), 1 << 20)
-    elif damage == "changed memory":
-        with open(os.path.join(template, "ram"), "r+b") as f:
+    elif damage == "a bit of memory":  # with the size and the times of before
+        path = os.path.join(template, "ram")
+        before = os.stat(path)
+        with open(path, "r+b") as f:
             f.seek(64 << 20)
-            f.write(b"damage")
+            byte = f.read(1)[0]
+            f.seek(64 << 20)
+            f.write(bytes([byte ^ 1]))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     else:
         path = os.path.join(template, "state")
         data = bytearray(read_bytes(path))
@@ -258,11 +412,8 @@ def test_a_damaged_template_means_a_cold_boot_and_is_made_anew(warm, damage):
         with open(path, "wb") as f:
             f.write(data)
     if damage == "state that QEMU refuses":  # as if it had been made so
-        number = 0xCBF29CE484222325
-        for byte in data:
-            number = (number ^ byte) * 0x100000001B3 % 2**64
         made = json.loads(read(description))
-        made["state"] = f"{number:016x}"
+        made["state"] = content_of(path)
         write(description, json.dumps(made))
     inode = os.stat(description).st_ino
     guest = one.boot("after")
@@ -276,21 +427,117 @@ def test_a_damaged_template_means_a_cold_boot_and_is_made_anew(warm, damage):
     boot_warm(one, "again")
 
 
+def start(one, name, **settings):
+    """Makes a VM and returns as soon as its QEMU runs, with its pid."""
+    guest = prepare(one, name, **settings)
+    return guest, wait_for(lambda: guest.info().get("pid"), "QEMU runs", step=0.001)
+
+
+def stop_when_reachable(one, name, **settings):
+    """Makes a VM whose guest never answers: its QEMU stands still once it has started."""
+    guest, pid = start(one, name, **settings)
+    wait_for(lambda: guest.info().get("port"), "it has a port", step=0.001)
+    os.kill(pid, signal.SIGSTOP)
+    return guest, pid
+
+
+def crash_when_up(one, name):
+    """Makes a VM whose QEMU crashes when the guest has come far, and waits until it has booted without a template."""
+    guest, pid = start(one, name)
+    serial = os.path.join(one.state, "vms", name, "serial.log")
+    wait_for(lambda: os.path.getsize(serial), "the guest speaks", step=0.001)
+    kill_and_wait(pid, signal.SIGSEGV)
+    guest.wait("running")
+    assert guest.info()["warm"] is False
+
+
+def test_a_start_that_was_not_given_the_time_says_nothing_about_the_template(warm):
+    one = warm()
+    (template,) = one.templates()
+    for name in ("a", "b"):
+        guest, pid = stop_when_reachable(one, name, boot_timeout=4)
+        words = (f"{name} boots cold", template, "no answer in time", "says nothing about the template")
+        wait_for(lambda: log_lines(one, *words), "the start is given up")  # noqa: B023
+        assert not pid_alive(pid)
+        os.rmdir(guest.path)
+    boot_warm(one, "after")
+    assert not log_lines(one, "making a template")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_qemu_that_somebody_has_killed_says_nothing_about_the_template(warm, number):
+    one = warm()
+    (template,) = one.templates()
+    for name in ("a", "b"):
+        guest, pid = start(one, name)
+        kill_and_wait(pid, number)
+        guest.wait("running")
+        assert guest.info()["warm"] is False
+        assert log_lines(one, f"{name} boots cold", template, "says nothing about the template")
+    boot_warm(one, "after")
+
+
+@pytest.mark.deadline(200)
+def test_a_qemu_that_the_host_has_no_room_for_says_nothing_about_the_template(cold):
+    bin = os.path.join(harness.RUN.path, f"bin{harness.RUN.number()}")
+    os.mkdir(bin)
+    program = os.path.join(bin, "qemu-system-x86_64")
+    full = os.path.join(bin, "full")
+    write(
+        program,
+        f"""#!/bin/sh
+case " $* " in *" -incoming "*) [ ! -e {full} ] || {{ echo "cannot set up guest memory" >&2; exit 1; }} ;; esac
+exec {shutil.which("qemu-system-x86_64")} "$@"
+""",
+    )
+    os.chmod(program, 0o755)
+    one = cold(env={"PATH": f"{bin}:{harness.environment()['PATH']}"})
+    one.boot("first")
+    (template,) = wait_for(one.templates, "a template is made", MADE)
+    write(full, "")
+    for name in ("a", "b"):
+        assert one.boot(name).info()["warm"] is False
+        assert log_lines(one, f"{name} boots cold", template, "exit status 1", "says nothing about the template")
+    os.unlink(full)
+    boot_warm(one, "after")
+
+
+def test_a_vm_that_is_removed_while_it_starts_leaves_its_template_alone(warm):
+    one = warm()
+    for name in ("a", "b", "c"):
+        guest, pid = start(one, name)
+        os.rmdir(guest.path)
+        wait_for(lambda: not pid_alive(pid), "its QEMU is gone")  # noqa: B023
+    boot_warm(one, "after")
+    assert not log_lines(one, "boots cold")
+
+
+@pytest.mark.deadline(200)
+def test_a_template_is_removed_when_two_starts_in_a_row_have_failed(warm):
+    one = warm()
+    (template,) = one.templates()
+    stays = "stays, unless the next start from it fails too"
+    crash_when_up(one, "a")
+    assert log_lines(one, "a boots cold", template, "SIGSEGV", stays)
+    boot_warm(one, "between")
+    crash_when_up(one, "b")
+    assert log_lines(one, "b boots cold", template, "SIGSEGV", stays)
+    assert one.templates() == [template]
+    crash_when_up(one, "c")
+    assert log_lines(one, "c boots cold", template, "SIGSEGV", "as has the one before it", "is removed")
+    assert one.templates() == []
+
+
 @pytest.mark.deadline(200)
 def test_a_guest_that_does_not_go_on_from_its_template_boots_cold(warm):
-    """Its memory is not what it was, though the file looks as if it were."""
-    one = warm(boot_timeout=40)
+    one = warm(boot_timeout=60)
     (template,) = one.templates()
-    path = os.path.join(template, "ram")
-    before = os.stat(path)
-    with open(path, "r+b") as f:
-        f.write(bytes(before.st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    guest = one.boot("after")
-    assert guest.info()["warm"] is False
-    assert log_lines(one, "warn", template, "removed", "boots cold")
-    assert not os.path.exists(template)
+    guest, pid = stop_when_reachable(one, "after")
+    guest.wait("running")
+    assert guest.info()["warm"] is False and not pid_alive(pid)
+    assert log_lines(one, "after boots cold", template, "no answer in time", "stays, unless the next start")
     assert guest.ssh("hostname").strip() == b"after"
+    boot_warm(one, "another")
 
 
 # --- When it is not used
@@ -298,10 +545,7 @@ def test_a_guest_that_does_not_go_on_from_its_template_boots_cold(warm):
 
 def test_warm_off_boots_cold_and_makes_none(warm, cold):
     one = warm()
-    os.makedirs(one.vm(".new/off"), exist_ok=True)
-    write(one.vm(".new/off/config/warm"), "off\n")
-    os.rename(one.vm(".new/off"), one.vm("off"))
-    guest = one.guest("off")
+    guest = prepare(one, "off", warm="off")
     guest.wait("running")
     assert guest.info()["warm"] is False
     with refused("EBUSY"):
@@ -326,12 +570,7 @@ def test_a_disk_or_an_image_that_does_not_know_of_it_boots_cold(warm):
     description = json.loads(read(os.path.join(image, "image.json")))
     del description["warm"]
     write(os.path.join(image, "image.json"), json.dumps(description))
-    for name, setting, value in (("disk", "disk", "64M\n"), ("plain", "image", image)):
-        os.makedirs(one.vm(f".new/{name}"), exist_ok=True)
-        write(one.vm(f".new/{name}/config/{setting}"), value)
-        os.rename(one.vm(f".new/{name}"), one.vm(name))
-    for name in ("disk", "plain"):
-        guest = one.guest(name)
+    for guest in (prepare(one, "disk", disk="64M"), prepare(one, "plain", image=image)):
         guest.wait("running")
         assert guest.info()["warm"] is False
     assert not log_lines(one, "making a template")

@@ -10,8 +10,28 @@ install(PROGRAMS contrib/guest/tiny DESTINATION ${CMAKE_INSTALL_BINDIR} RENAME v
 install(FILES contrib/guest/vsock_bridge.c DESTINATION ${CMAKE_INSTALL_DATADIR}/vmsfs) # it compiles this for the guest
 
 install(DIRECTORY contrib/presets DESTINATION ${CMAKE_INSTALL_DATADIR}/vmsfs)
-install(FILES README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
-install(FILES contrib/guest/README.md DESTINATION ${CMAKE_INSTALL_DOCDIR} RENAME guest-images.md)
+
+# Documents, and the examples for configuration management, which have some of their own. What they say of the sources is put right.
+configure_file(contrib/packaging/installed.sed installed.sed @ONLY)
+function(install_document source target)
+  set(made ${PROJECT_BINARY_DIR}/documents/${target})
+  get_filename_component(folder ${target} DIRECTORY)
+  file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/documents/${folder})
+  add_custom_command(OUTPUT ${made} DEPENDS ${PROJECT_SOURCE_DIR}/${source} ${PROJECT_BINARY_DIR}/installed.sed VERBATIM
+    COMMAND sh -c "sed -f \"$1\" \"$2\" >\"$3\"" sh ${PROJECT_BINARY_DIR}/installed.sed ${PROJECT_SOURCE_DIR}/${source} ${made})
+  set_property(GLOBAL APPEND PROPERTY documents ${made})
+  install(FILES ${made} DESTINATION ${CMAKE_INSTALL_DOCDIR}/${folder})
+endfunction()
+install_document(README.md README.md)
+install_document(contrib/guest/README.md guest-images.md)
+install(DIRECTORY contrib/ansible contrib/puppet contrib/salt DESTINATION ${CMAKE_INSTALL_DOCDIR}/examples
+  USE_SOURCE_PERMISSIONS PATTERN README.md EXCLUDE PATTERN examples/init.pp EXCLUDE PATTERN __pycache__ EXCLUDE)
+foreach(folder ansible/roles/vmsfs_vm puppet/vmsfs salt)
+  install_document(contrib/${folder}/README.md examples/${folder}/README.md)
+endforeach()
+install_document(contrib/puppet/vmsfs/examples/init.pp examples/puppet/vmsfs/examples/init.pp)
+get_property(documents GLOBAL PROPERTY documents)
+add_custom_target(documents ALL DEPENDS ${documents})
 
 configure_file(contrib/systemd/vmsfs@.service.in vmsfs@.service @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/vmsfs@.service DESTINATION lib/systemd/system)

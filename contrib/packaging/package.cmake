@@ -13,8 +13,8 @@ exec runs in it, and rmdir destroys it. Shell tools, scripts and configuration
 management drive machines without a client or an SDK.
 .
 It runs machines in QEMU, with KVM where there is one, in Firecracker or in
-Cloud Hypervisor, or attaches those that have an SSH server. It can be mounted by any user, from /etc/fstab, or by
-systemd.")
+Cloud Hypervisor, or attaches those that have an SSH server. It can be
+mounted by any user, from /etc/fstab, or by systemd.")
 set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
 set(CPACK_STRIP_FILES ON)
 set(CPACK_PRE_BUILD_SCRIPTS ${PROJECT_SOURCE_DIR}/contrib/packaging/package-modes.cmake)
@@ -26,10 +26,13 @@ set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
 # fusermount3, ssh-keygen. Machines that are attached need neither QEMU nor an image; making one takes apt.
 set(CPACK_DEBIAN_PACKAGE_DEPENDS "fuse3, openssh-client")
 set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-system-x86, apt")
-set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA
-  ${PROJECT_SOURCE_DIR}/contrib/packaging/debian/postinst
-  ${PROJECT_SOURCE_DIR}/contrib/packaging/debian/prerm
-  ${PROJECT_SOURCE_DIR}/contrib/packaging/debian/postrm)
+set(scripts ${PROJECT_SOURCE_DIR}/contrib/packaging/debian)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${scripts}/common)
+file(READ ${scripts}/common COMMON)
+foreach(script postinst prerm postrm)
+  configure_file(${scripts}/${script} ${PROJECT_BINARY_DIR}/debian/${script} @ONLY)
+  list(APPEND CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA ${PROJECT_BINARY_DIR}/debian/${script})
+endforeach()
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 include(CPack)
 

@@ -24,7 +24,7 @@ void doctor_check_backend(struct doctor *d) {
     const struct vmm_ops *backend;
     const char *name = d->settings->config.backend;
     cleanup_free char *why = NULL;
-    if (vmm_find(name, true, &backend, &why) < 0)
+    if (vmm_find(name, NULL, &backend, &why) < 0)
         doctor_find(d, "backend", DOCTOR_BROKEN,
                     "install it, or name another with -o backend= (attach is for machines that "
                     "exist already)",
@@ -45,11 +45,11 @@ static int kvm_try(const struct doctor *d, unsigned *ret_ms, char **ret_why) {
     if (image_open(d->settings, settings->image, &image, ret_why) < 0)
         return -ENOENT;
     boot_configure(d->settings, settings, &image, &boot_args, &config);
-    int status = boot_args.failed;
-    if (status == 0 &&
-        (status = vmm_find(settings->backend, image.vsock_port, &backend, &note)) < 0)
+    int status =
+        boot_args.failed ? boot_args.failed : vmm_find(settings->backend, &config, &backend, &note);
+    if (status < 0)
         *ret_why = note, note = NULL;
-    if (status == 0)
+    else
         status = vmm_trial(backend, &config, KVM_TRIAL_MS, ret_ms, ret_why);
     image_close(&image);
     return status;
@@ -137,9 +137,11 @@ static void doctor_check_image(struct doctor *d, const char *name, bool wanted) 
         image_close(&image);
         return;
     }
-    doctor_find(d, "image", wanted && boots_guests(d) ? DOCTOR_BROKEN : DOCTOR_WARNING,
-                "build one with contrib/guest/tiny, or name another with -o image= and its folder "
-                "with -o images=",
+    cleanup_buf struct buf remedy = {0};
+    buf_printf(&remedy,
+               "build one with %s, or name another with -o image= and its folder with -o images=",
+               image_builder(d->settings));
+    doctor_find(d, "image", wanted && boots_guests(d) ? DOCTOR_BROKEN : DOCTOR_WARNING, remedy.data,
                 "%s", why ? why : name);
 }
 

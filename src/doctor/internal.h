@@ -1,6 +1,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <sys/types.h>
 
 #include "doctor/doctor.h"
 #include "util/buf.h"
@@ -43,6 +44,10 @@ void doctor_check_mounts(struct doctor *d);
 void doctor_check_mountpoint(struct doctor *d);
 void doctor_check_loopback(struct doctor *d);
 void doctor_check_ssh(struct doctor *d);
+
+/* Is this daemon, which has the state directory, mounted nowhere in its own namespace? Then that
+ * has been found. */
+bool doctor_find_left_daemon(struct doctor *d, const char *state_dir, pid_t daemon);
 
 /* The path of a program, from PATH or where distributions put them; false: it is nowhere. */
 bool doctor_find_program(const char *name, struct buf *ret_path);

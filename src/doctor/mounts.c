@@ -11,6 +11,8 @@
 
 #include "doctor/internal.h"
 #include "util/cleanup.h"
+#include "util/fs.h"
+#include "util/mounts.h"
 #include "vmm/process.h"
 
 /* Mounts of vmsfs: whether their daemons live and answer.
@@ -57,20 +59,6 @@ static int mount_probe(const char *path) {
         kill(pid, SIGKILL);
     waitpid(pid, NULL, r == MOUNT_HANGS ? WNOHANG : 0);
     return r;
-}
-
-/* Letters of mountinfo: `\040` is a blank. */
-static void mount_unescape(char *text) {
-    char *to = text;
-    for (const char *from = text; *from; to++) {
-        if (from[0] == '\\' && from[1] && from[2] && from[3]) {
-            *to = (char)((from[1] - '0') << 6 | (from[2] - '0') << 3 | (from[3] - '0'));
-            from += 4;
-        } else {
-            *to = *from++;
-        }
-    }
-    *to = '\0';
 }
 
 struct mount_daemon {
@@ -136,26 +124,102 @@ static void doctor_check_mount(struct doctor *d, const char *path, const char *o
                     strerror(-r));
 }
 
+static void mount_check(void *arg, const struct mounts_entry *entry) {
+    if (strcmp(entry->type, "fuse.vmsfs") == 0)
+        doctor_check_mount(arg, entry->path, entry->options);
+}
+
 void doctor_check_mounts(struct doctor *d) {
-    FILE *mounts = fopen("/proc/self/mountinfo", "re");
-    cleanup_free char *line = NULL;
-    size_t size = 0, before = d->count;
-    while (mounts && getline(&line, &size, mounts) >= 0) {
-        /* `36 35 0:42 / /vms rw,nosuid shared:1 - fuse.vmsfs vmsfs rw,user_id=0` */
-        char *rest = strstr(line, " - "), *path = NULL;
-        if (!rest || strncmp(rest + 3, "fuse.vmsfs ", strlen("fuse.vmsfs ")) != 0)
-            continue;
-        *rest = '\0';
-        if (sscanf(line, "%*s %*s %*s %*s %ms", &path) != 1)
-            continue;
-        mount_unescape(path);
-        doctor_check_mount(d, path, rest + 3);
-        free(path);
-    }
-    if (mounts)
-        fclose(mounts);
+    size_t before = d->count;
+    mounts_each("/proc/self/mountinfo", mount_check, d);
     if (d->count == before)
         doctor_find(d, "mount", DOCTOR_OK, NULL, "nothing is mounted");
+}
+
+/* ---- a daemon without its mount ---- */
+
+struct copy_search {
+    struct buf words; /* the daemon's command line, which names the place; owned */
+    ino_t namespace;  /* the daemon's */
+    char *path;       /* where a copy is mounted; owned; NULL: none is found */
+    pid_t pid;        /* in whose namespace */
+    unsigned mounts;  /* of vmsfs that were seen, of whichever daemon */
+};
+
+/* The place may be named relative to where the daemon was started. */
+static bool copy_is_named(const struct copy_search *search, const char *path) {
+    size_t length = strlen(path);
+    for (size_t at = 0; at < search->words.len; at += strlen(search->words.data + at) + 1) {
+        const char *word = search->words.data + at;
+        size_t size = strlen(word);
+        while (size > 1 && word[size - 1] == '/')
+            size--;
+        if (size && size <= length && memcmp(path + length - size, word, size) == 0 &&
+            (size == length || path[length - size - 1] == '/'))
+            return true;
+    }
+    return false;
+}
+
+static void copy_look(void *arg, const struct mounts_entry *entry) {
+    struct copy_search *search = arg;
+    if (strcmp(entry->type, "fuse.vmsfs") != 0)
+        return;
+    search->mounts++;
+    if (!search->path && copy_is_named(search, entry->path))
+        search->path = strdup(entry->path);
+}
+
+/* False: it is not known what is mounted there. */
+static bool copy_look_at(struct copy_search *search, pid_t pid) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/mountinfo", (int)pid);
+    search->pid = pid;
+    return mounts_each(path, copy_look, search) == 0;
+}
+
+static ino_t namespace_of(pid_t pid) {
+    char path[64];
+    struct stat st;
+    snprintf(path, sizeof path, "/proc/%d/ns/mnt", (int)pid);
+    return stat(path, &st) == 0 ? st.st_ino : 0;
+}
+
+static void copy_visit(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
+    struct copy_search *search = arg;
+    (void)owner, (void)line, (void)length;
+    if (search->path)
+        return;
+    ino_t namespace = namespace_of(pid);
+    if (namespace && namespace != search->namespace)
+        copy_look_at(search, pid);
+}
+
+/* Its mount may be there by another name than that on its command line: then it is not found
+ * elsewhere by that name either. */
+bool doctor_find_left_daemon(struct doctor *d, const char *state_dir, pid_t daemon) {
+    struct copy_search search = {.namespace = namespace_of(daemon)};
+    cleanup_buf struct buf remedy = {0}, where = {0};
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/cmdline", (int)daemon);
+    bool left = search.namespace && fs_read(path, 65536, &search.words) == 0 &&
+                copy_look_at(&search, daemon) && !search.path;
+    bool other = search.mounts > 0;
+    if (left)
+        process_each("", copy_visit, &search);
+    left = left && (search.path || !other);
+    if (left && search.path)
+        buf_printf(&where, ": the mount namespace of process %d has a copy of its mount, %s",
+                   (int)search.pid, search.path);
+    buf_printf(&remedy, "end what has it open, or the daemon: kill %d", (int)daemon);
+    if (left)
+        doctor_find(d, "state", DOCTOR_WARNING, remedy.data,
+                    "%s is used by a daemon, process %d, which was unmounted and goes on for what "
+                    "is open%s",
+                    state_dir, (int)daemon, where.len ? where.data : "");
+    buf_free(&search.words);
+    free(search.path);
+    return left;
 }
 
 /* The one of the command line, if it names one; what is mounted there was looked at. */

@@ -1,4 +1,5 @@
 #include <errno.h>
+#include <glob.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -103,10 +104,10 @@ void doctor_check_state(struct doctor *d) {
     if (!doctor_check_directory(d, "state", path))
         return;
     pid_t holder = lock_holder(path);
-    if (holder)
+    if (holder && !doctor_find_left_daemon(d, path, holder))
         doctor_find(d, "state", DOCTOR_OK, NULL, "%s is used by a daemon, process %d", path,
                     (int)holder);
-    else
+    if (!holder)
         doctor_find(d, "state", DOCTOR_OK, NULL, "%s can be used, and no daemon does", path);
     doctor_check_space(d, path);
 }
@@ -128,6 +129,7 @@ void doctor_check_sockets(struct doctor *d) {
 struct vmm_tally {
     struct doctor *d;
     const struct buf *folder; /* STATE/vms/ */
+    glob_t jails;             /* what is `/` in the jails of its VMs */
     unsigned known;
 };
 
@@ -142,11 +144,22 @@ static bool line_is_of_vmm(const char *line) {
     return false;
 }
 
+/* Where a path below the folder begins in the line. Other paths may end like this one. */
+static const char *line_find_path(const char *line, size_t length, const struct buf *folder) {
+    const char *end = line + length, *at = line;
+    while ((at = memmem(at, (size_t)(end - at), folder->data, folder->len))) {
+        if (at == line || !at[-1] || strchr(",=:", at[-1]))
+            return at;
+        at++;
+    }
+    return NULL;
+}
+
 /* Its VM is named in its command line; the folder of one that a daemon can take over is there. */
 static void vmm_look(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
     struct vmm_tally *tally = arg;
     struct doctor *d = tally->d;
-    const char *folder = memmem(line, length, tally->folder->data, tally->folder->len);
+    const char *folder = line_find_path(line, length, tally->folder);
     cleanup_buf struct buf vm = {0}, remedy = {0};
     (void)owner;
     if (!folder || !line_is_of_vmm(line))
@@ -162,14 +175,41 @@ static void vmm_look(void *arg, pid_t pid, uid_t owner, const char *line, size_t
                 (int)pid, vm.data);
 }
 
+/* What is in a jail knows no path of the host: its `/` is a folder of the VM. */
+static void jail_look(void *arg, pid_t pid, uid_t owner, const char *line, size_t length) {
+    struct vmm_tally *tally = arg;
+    cleanup_buf struct buf remedy = {0};
+    struct stat root, st;
+    char path[64];
+    (void)owner, (void)length;
+    snprintf(path, sizeof path, "/proc/%d/root", (int)pid);
+    if (!line_is_of_vmm(line) || stat(path, &root) < 0)
+        return;
+    for (size_t i = 0; i < tally->jails.gl_pathc; i++)
+        if (stat(tally->jails.gl_pathv[i], &st) == 0 && st.st_dev == root.st_dev &&
+            st.st_ino == root.st_ino)
+            tally->known++;
+    if (root.st_nlink > 0) /* that of a VM, or of another state directory */
+        return;
+    buf_printf(&remedy, "kill %d", (int)pid);
+    doctor_find(tally->d, "processes", DOCTOR_WARNING, remedy.data,
+                "process %d is a VM in a jail which is not there any more: no daemon will find it",
+                (int)pid);
+}
+
 void doctor_check_processes(struct doctor *d) {
-    cleanup_buf struct buf folder = {0};
+    cleanup_buf struct buf folder = {0}, jails = {0};
     buf_printf(&folder, "%s/vms/", d->settings->state_dir);
-    if (folder.failed)
+    buf_printf(&jails, "%s*/jail/*/*/root", folder.data);
+    if (folder.failed || jails.failed)
         return;
     struct vmm_tally tally = {.d = d, .folder = &folder};
     size_t before = d->count;
     process_each(folder.data, vmm_look, &tally);
+    if (glob(jails.data, GLOB_NOSORT, NULL, &tally.jails) != 0)
+        tally.jails.gl_pathc = 0;
+    process_each("vmsfs-", jail_look, &tally); /* how the instances are named */
+    globfree(&tally.jails);
     if (d->count == before)
         doctor_find(d, "processes", DOCTOR_OK, NULL, "%u VMs run here, and none is left over",
                     tally.known);

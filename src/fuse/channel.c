@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "fuse/internal.h"
 #include "util/cleanup.h"
@@ -21,7 +22,7 @@
 /* So that a flood of requests leaves room for the rest of the loop. */
 #define CHANNEL_BATCH 64
 
-static void fuse_channel_lost(struct fuse_channel *channel) {
+void fuse_channel_lost(struct fuse_channel *channel) {
     if (!channel->mounted)
         return;
     channel->mounted = false;
@@ -118,6 +119,7 @@ int fuse_channel_mount(struct fuse_channel *channel, const char *mountpoint,
                        void (*ended)(struct daemon *d)) {
     uv_loop_t *loop = channel->daemon->loop;
     channel->ended = ended;
+    presence_prepare(channel, mountpoint);
     if (fuse_session_mount(channel->session, mountpoint) != 0)
         return -ERR_IO;
     fuse_set_log_func(channel_log);
@@ -136,6 +138,7 @@ int fuse_channel_mount(struct fuse_channel *channel, const char *mountpoint,
     uv_timer_init(loop, &channel->doubts);
     channel->doubts.data = channel;
     channel->mounted = channel->fd_open = true;
+    presence_start(channel);
     return uv_poll_start(&channel->poll, UV_READABLE, fuse_channel_readable);
 }
 
@@ -144,6 +147,7 @@ void fuse_channel_on_ready(struct fuse_channel *channel, void (*ready)(struct da
 }
 
 void fuse_channel_unmount(struct fuse_channel *channel) {
+    presence_stop(channel);
     if (!channel->fd_open)
         return;
     channel->mounted = channel->fd_open = false;
@@ -154,15 +158,23 @@ void fuse_channel_unmount(struct fuse_channel *channel) {
     uv_close((uv_handle_t *)&channel->poll, NULL);
     uv_close((uv_handle_t *)&channel->interrupted, NULL);
     uv_close((uv_handle_t *)&channel->doubts, NULL);
-    fuse_session_unmount(channel->session);
+    if (channel->left) /* what is mounted there now is another's: libfuse would unmount that */
+        close(fuse_session_fd(channel->session));
+    else
+        fuse_session_unmount(channel->session);
 }
+
+static struct fuse_session *session_left; /* not freed, see below */
 
 void fuse_channel_free(struct fuse_channel *channel) {
     if (!channel)
         return;
     trace_free_all(channel);
     inode_forget_all(channel);
-    fuse_session_destroy(channel->session);
+    if (channel->left) /* its descriptor has been closed; the process is about to end */
+        session_left = channel->session;
+    else
+        fuse_session_destroy(channel->session);
     free(channel->buffer.mem);
     free(channel);
 }

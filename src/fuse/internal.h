@@ -11,6 +11,7 @@
 
 RB_HEAD(inode_index, node);
 
+struct presence;
 struct removal;
 
 struct fuse_channel {
@@ -29,8 +30,10 @@ struct fuse_channel {
     struct list traces;     /* of trace; empty unless requests are logged */
     struct inode_index inodes;
     uint64_t last_inode;
+    struct presence *presence; /* owned; NULL: unmounting is told by the kernel alone */
     bool mounted;
     bool fd_open;
+    bool left; /* it is not mounted where it was, and there are copies */
     void (*ended)(struct daemon *d);
     void (*ready)(struct daemon *d);
 };
@@ -102,6 +105,16 @@ void ops_opendir_now(fuse_req_t req, struct node *dir, struct fuse_file_info *fi
 void fuse_requests_cancel_all(struct fuse_channel *channel, int status);
 void fuse_requests_on_interrupt(uv_async_t *async);
 void fuse_requests_on_doubts(uv_timer_t *timer);
+
+/* The file system has been unmounted by somebody else. */
+void fuse_channel_lost(struct fuse_channel *channel);
+
+/* Watches whether the mount is still there: sets `left` and reports the channel as lost when it is
+ * gone from the daemon's own mount namespace and copies of it keep the connection alive. Where this
+ * cannot be seen nothing is watched. */
+void presence_prepare(struct fuse_channel *channel, const char *mountpoint); /* before mounting */
+void presence_start(struct fuse_channel *channel);                           /* after it */
+void presence_stop(struct fuse_channel *channel); /* what it holds is freed by the loop */
 
 /* Inodes: the nodes that the kernel knows, by node id. Ids are never used twice. */
 struct node *inode_find(struct fuse_channel *channel, fuse_ino_t id);

@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fuse_opt.h>
-#include <mntent.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +15,9 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/fs.h"
+#include "util/mounts.h"
 #include "util/number.h"
+#include "vm/boot.h"
 #include "vm/image.h"
 #include "vm/spool.h"
 #include "vmm/vmm.h"
@@ -409,18 +410,21 @@ static bool mount_is_dead(const char *path) {
     return (stat(path, &st) < 0 || statfs(path, &fs) < 0) && errno == ENOTCONN;
 }
 
-/* Is what is mounted there of a daemon of ours? The last entry is on top. */
+struct mount_search {
+    const char *path;
+    bool ours;
+};
+
+static void mount_look(void *arg, const struct mounts_entry *entry) {
+    struct mount_search *search = arg;
+    if (strcmp(entry->path, search->path) == 0)
+        search->ours = strcmp(entry->type, "fuse.vmsfs") == 0;
+}
+
+/* Is what is mounted there of a daemon of ours? */
 static bool mount_is_ours(const char *path) {
-    bool ours = false;
-    struct mntent *entry;
-    FILE *mounts = setmntent("/proc/self/mounts", "r");
-    if (!mounts)
-        return false;
-    while ((entry = getmntent(mounts)))
-        if (strcmp(entry->mnt_dir, path) == 0)
-            ours = strcmp(entry->mnt_type, "fuse.vmsfs") == 0;
-    endmntent(mounts);
-    return ours;
+    struct mount_search search = {.path = path};
+    return mounts_each("/proc/self/mountinfo", mount_look, &search) == 0 && search.ours;
 }
 
 /* Clears away what a daemon of ours that was killed has left mounted there. Of several that start
@@ -485,15 +489,14 @@ bool options_check(const struct options *options, char **ret_backend) {
          !check_device()))
         return false;
     /* A backend that cannot work is said before an image that is not there. */
-    if (vmm_find(config->backend, true, &backend, &why) < 0)
+    if (vmm_find(config->backend, NULL, &backend, &why) < 0)
         return option_say_why("-o backend", why);
-    *ret_backend = strndup(why, vmm_brief_length(why));
+    if (backend->existing) {
+        *ret_backend = strdup(why);
+        return *ret_backend;
+    }
     free(why);
     why = NULL;
-    if (!*ret_backend)
-        return option_say_why("-o backend", why);
-    if (backend->existing)
-        return true;
     if (image_open(&options->settings, config->image, &image, &why) < 0) {
         fprintf(stderr, "vmsfs: %s\n", why ? why : "out of memory");
         return false;
@@ -503,6 +506,10 @@ bool options_check(const struct options *options, char **ret_backend) {
         option = "-o memory";
     else if (image_check_disk(&image, config->image, config->disk, &why) < 0)
         option = "-o disk";
+    else if (boot_find_backend(&options->settings, config, &image, &backend, &why) < 0)
+        option = "-o backend";
+    else
+        *ret_backend = strndup(why, vmm_brief_length(why));
     image_close(&image);
-    return !option || option_say_why(option, why);
+    return option ? option_say_why(option, why) : *ret_backend != NULL;
 }

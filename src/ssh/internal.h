@@ -63,13 +63,16 @@ struct transport {
     bool dead;          /* being freed: whatever libssh2 wants fails at once */
     uint32_t newest_id; /* of the newest CHANNEL_OPEN_CONFIRMATION */
     bool newest_known;
-    char farewell[160]; /* the text of SSH_MSG_DISCONNECT */
+    char farewell[160]; /* the text of SSH_MSG_DISCONNECT, or why there is no connection */
+    bool
+        crowded; /* not connected: too many wait already; transport_connect() may be called again */
 };
 
 int transport_init(struct transport *t, uv_loop_t *loop);
-/* Connects the socket, or begins to. The failure of connect() itself is left in t->error, so that
- * it is reported like one that comes later. */
-int transport_connect(struct transport *t, const struct ssh_target *target);
+/* Makes the socket, first, and connects it, or begins to. The failure of connect() itself is left
+ * in t->error, so that it is reported like one that comes later. */
+int transport_open(struct transport *t, const struct ssh_target *target);
+void transport_connect(struct transport *t, const struct ssh_target *target);
 /* Asks the VMM at the other end for a port of its guest; and whether it is connected: -EAGAIN while
  * that is not known, -ECONNREFUSED when it has refused. */
 void transport_ask(struct transport *t, unsigned vsock_port);
@@ -115,6 +118,7 @@ struct ssh_session {
     struct list queued;           /* ssh_channels that wait for a wire */
     struct list channels;         /* ssh_channels with a wire */
     enum session_opening opening; /* the one CHANNEL_OPEN that may be under way */
+    uint64_t connect_due;         /* loop time until which a crowded server is tried */
     uint64_t asked;               /* loop time of a question not yet answered; 0: none */
     bool probe_wanted;
     bool gave_channel;          /* the server has once opened one */

@@ -1,13 +1,15 @@
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "ssh/internal.h"
 #include "util/errors.h"
 
-#define POOL_MEMBERS 64   /* connections to one server */
-#define POOL_CONNECTING 4 /* that are not up yet: dropbear allows 5 from one address */
-#define POOL_RETRY 1000   /* ms after a refused connection, while others carry on */
+#define POOL_MEMBERS 64     /* connections to one server */
+#define POOL_CONNECTING 4   /* that are not up yet: dropbear allows 5 from one address */
+#define POOL_RETRY 1000     /* ms after a refused connection, while others carry on */
+#define POOL_PATIENCE 10000 /* ms for which no channel has found a place: then none waits on */
 #define POOL_LIMIT_LIFE                                                                            \
     60000 /* ms for which a limit met by a session is believed: OpenSSH counts a                   \
              command that outlives its channel, so it may be less than the truth */
@@ -32,6 +34,7 @@ struct ssh_pool {
     struct list waiting;  /* those that no session has, oldest first */
     bool fragile;         /* one channel a connection: see member_on_up() */
     uint64_t retry_at;    /* no new connection before, while others are up */
+    uint64_t moved_at;    /* when a channel last got a session, or the oldest began to wait */
     bool closing;
 };
 
@@ -72,11 +75,24 @@ static void member_remove(struct pool_member *member) {
     free(member);
 }
 
-static void pool_wait(struct ssh_pool *pool, struct ssh_channel *channel) {
+/* `before`: a link of pool->waiting, or that itself for its end. */
+static void pool_wait_before(struct ssh_pool *pool, struct list *before,
+                             struct ssh_channel *channel) {
     channel->session = NULL;
     list_remove(&channel->link);
-    list_append(&pool->waiting, &channel->link);
+    if (list_is_empty(&pool->waiting))
+        pool->moved_at = uv_now(pool->loop);
+    list_append(before, &channel->link);
     pool_schedule(pool, 0);
+}
+
+static void pool_wait(struct ssh_pool *pool, struct ssh_channel *channel) {
+    pool_wait_before(pool, &pool->waiting, channel);
+}
+
+/* One that had a session: it came before all that wait. */
+static void pool_wait_again(struct ssh_pool *pool, struct ssh_channel *channel) {
+    pool_wait_before(pool, pool->waiting.next, channel);
 }
 
 /* Dropbear from 2022.82 until 2025.87 closes a channel that has no command yet when the command of
@@ -95,7 +111,7 @@ static void member_on_up(void *arg) {
     member->up = true;
     pool->fragile = member_is_fragile(member);
     while (pool->fragile && !list_is_empty(queued) && queued->next != queued->prev)
-        pool_wait(pool, LIST_OWNER(queued->next->next, struct ssh_channel, link));
+        pool_wait_again(pool, LIST_OWNER(queued->prev, struct ssh_channel, link));
     pool_schedule(pool, 0);
 }
 
@@ -163,6 +179,7 @@ static int pool_assign(struct ssh_pool *pool, struct ssh_channel *channel) {
         }
     }
     member->idle_since = 0;
+    pool->moved_at = uv_now(pool->loop);
     channel_attach(channel, member->session);
     return 1;
 }
@@ -177,9 +194,8 @@ bool pool_takes_refused(struct ssh_channel *channel) {
     /* 0: only commands that outlived their channels fill it; it is of no use until they end. */
     member->limit = open;
     member->limit_until = uv_now(member->pool->loop) + POOL_LIMIT_LIFE;
-    struct list *l;
-    while ((l = list_pop(&session->queued)))
-        pool_wait(member->pool, LIST_OWNER(l, struct ssh_channel, link));
+    while (!list_is_empty(&session->queued))
+        pool_wait_again(member->pool, LIST_OWNER(session->queued.prev, struct ssh_channel, link));
     return true;
 }
 
@@ -188,7 +204,7 @@ bool pool_takes_lost(struct ssh_channel *channel) {
     struct pool_member *member = channel->session->member;
     if (!member || pool->closing || member->up || !pool_is_up(pool))
         return false;
-    pool_wait(pool, channel);
+    pool_wait_again(pool, channel);
     return true;
 }
 
@@ -226,6 +242,19 @@ static uint64_t pool_close_idle(struct ssh_pool *pool) {
     return next;
 }
 
+/* All places are taken by commands that go on and on. */
+static void pool_give_up(struct ssh_pool *pool) {
+    char why[200];
+    snprintf(why, sizeof why,
+             "the %u SSH connections to this VM have no place for another command%s, and none has "
+             "come free for %d s: end some of those that run",
+             ssh_pool_connections(pool), pool->fragile ? " (its server takes one on each)" : "",
+             POOL_PATIENCE / 1000);
+    while (!list_is_empty(&pool->waiting))
+        channel_end(LIST_OWNER(pool->waiting.next, struct ssh_channel, link),
+                    &(struct ssh_exit){.end = SSH_REFUSED, .error = -ERR_BUSY, .why = why});
+}
+
 static void pool_on_timer(uv_timer_t *timer) {
     struct ssh_pool *pool = timer->data;
     uint64_t next = pool_close_idle(pool);
@@ -241,6 +270,9 @@ static void pool_on_timer(uv_timer_t *timer) {
                                                     .error = -ERR_UNREACHABLE,
                                                     .why = "no SSH connection could be made"});
     }
+    if (!pool->closing && !list_is_empty(&pool->waiting) &&
+        uv_now(pool->loop) - pool->moved_at >= POOL_PATIENCE)
+        pool_give_up(pool);
     if (!list_is_empty(&pool->waiting) && (!next || next > POOL_RETRY))
         next = POOL_RETRY;
     if (next)

@@ -10,9 +10,13 @@
 #include "util/log.h"
 
 static void session_pump(struct ssh_session *session, bool readable);
+static void session_on_timer(uv_timer_t *handle);
 
 /* A sign of life is a round trip: a thousand sessions together ask for no more than 50 a second. */
 #define SESSION_SHARE_MS 20
+
+#define SESSION_CONNECT_AGAIN_MS 20 /* between tries to connect to one that is slow to accept */
+
 static unsigned session_count;
 
 /* How long a server may be silent before it is asked, ms. */
@@ -386,7 +390,7 @@ static void session_leave(struct ssh_session *session) {
     bool writes = session->state == SESSION_CONNECTING || transport_has_output(&session->transport);
     int wanted =
         (session->state == SESSION_CONNECTING ? 0 : UV_READABLE) | (writes ? UV_WRITABLE : 0);
-    if (session->transport.error)
+    if (session->transport.error || session->transport.crowded)
         wanted = 0; /* level-triggered: it would be reported without end */
     if (wanted == session->uv.poll_events)
         return;
@@ -446,15 +450,32 @@ static void session_watch(struct ssh_session *session) {
     session->again = true;
 }
 
+/* Until the server's first line; a local one that is slow to accept is tried again meanwhile. */
+static void session_await_banner(struct ssh_session *session) {
+    uint64_t now = uv_now(session->transport.loop), due = session->connect_due;
+    uint64_t left = due > now ? due - now : 1;
+    bool crowded = session->transport.crowded && left > SESSION_CONNECT_AGAIN_MS;
+    uv_timer_start(&session->uv.timer, session_on_timer, crowded ? SESSION_CONNECT_AGAIN_MS : left,
+                   0);
+}
+
 static void session_on_timer(uv_timer_t *handle) {
     struct ssh_session *session = handle->data;
+    struct transport *t = &session->transport;
     session->busy = true;
-    if (session->state == SESSION_UP)
+    if (session->state == SESSION_UP) {
         session_watch(session);
-    else
+    } else if (t->crowded && uv_now(t->loop) < session->connect_due) {
+        transport_connect(t, &session->target);
+        session_await_banner(session);
+    } else if (t->crowded) {
+        session_fail(session, -ERR_TIMED_OUT, "connecting failed for %u ms: %s",
+                     session->target.banner_timeout, transport_error(t));
+    } else {
         session_fail(session, -ERR_TIMED_OUT, "%s took longer than %u ms", session_attempt(session),
                      session->transport.heard ? session->target.timeout
                                               : session->target.banner_timeout);
+    }
     session_leave(session);
 }
 
@@ -531,7 +552,7 @@ int ssh_session_open(uv_loop_t *loop, const struct ssh_target *target,
     if (rc == 0)
         rc = session_copy_target(session, target);
     if (rc == 0)
-        rc = transport_connect(&session->transport, target);
+        rc = transport_open(&session->transport, target);
     if (rc == 0)
         rc = uv_poll_init(loop, &session->uv.poll, session->transport.fd);
     if (rc < 0) {
@@ -546,7 +567,8 @@ int ssh_session_open(uv_loop_t *loop, const struct ssh_target *target,
     session_count++;
     session_prefer_host_key(session);
     session->transport.allowance = SIZE_MAX;
-    uv_timer_start(&session->uv.timer, session_on_timer, target->banner_timeout, 0);
+    session->connect_due = uv_now(loop) + target->banner_timeout;
+    session_await_banner(session);
     session_leave(session);
     *ret_session = session;
     return 0;

@@ -22,7 +22,8 @@ struct ssh_target {
     struct sockaddr_storage address;
     socklen_t address_length;
     unsigned vsock_port; /* not 0: the address is the UNIX socket of a VMM, which connects to this
-                            port of its guest when it is told `CONNECT PORT` */
+                            port of its guest when it is told `CONNECT PORT`, */
+    pid_t peer;          /* and nobody but this process may listen at it */
     const char *user;
     const char *key_path;    /* private key file in OpenSSH format, without passphrase */
     const uint8_t *host_key; /* the one acceptable host key: a public key blob (RFC 4253, 6.6) */
@@ -143,7 +144,8 @@ int ssh_pool_new(uv_loop_t *loop, const struct ssh_target *target, unsigned idle
 
 /* Like ssh_channel_exec(), on a connection of the pool. A channel that the server refuses for its
  * limit is tried again on another connection, unseen by the caller; one whose connection cannot be
- * made (or is found dead before the command was sent) closes as SSH_REFUSED with the reason. */
+ * made (or is found dead before the command was sent) closes as SSH_REFUSED with the reason; so
+ * does, with -ERR_BUSY, one that waits for a place while commands that do not end have them all. */
 int ssh_pool_exec(struct ssh_pool *pool, const char *command,
                   const struct ssh_channel_events *events, void *arg,
                   struct ssh_channel **ret_channel);

@@ -2,14 +2,17 @@
 #include <malloc.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "ssh/internal.h"
 #include "util/cleanup.h"
 #include "util/errors.h"
+#include "util/unix_socket.h"
 
 /* RFC 4250, 4.1.2 */
 #define SSH_MSG_CHANNEL_OPEN_CONFIRMATION 91
@@ -166,7 +169,7 @@ int transport_init(struct transport *t, uv_loop_t *loop) {
     return 0;
 }
 
-int transport_connect(struct transport *t, const struct ssh_target *target) {
+int transport_open(struct transport *t, const struct ssh_target *target) {
     cleanup_close int fd =
         socket(target->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
@@ -176,12 +179,30 @@ int transport_connect(struct transport *t, const struct ssh_target *target) {
     if (target->address.ss_family != AF_UNIX &&
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) < 0)
         return -errno;
-    if (connect(fd, (const struct sockaddr *)&target->address, target->address_length) < 0 &&
-        errno != EINPROGRESS)
-        t->error = errno;
     t->fd = fd;
     fd = -1;
+    transport_connect(t, target);
     return 0;
+}
+
+static void transport_connect_locally(struct transport *t, const struct ssh_target *target) {
+    const struct sockaddr_un *address = (const struct sockaddr_un *)(const void *)&target->address;
+    int status = unix_connect(t->fd, address->sun_path, target->peer);
+    t->crowded = status == -EAGAIN;
+    t->farewell[0] = '\0';
+    if (status < 0)
+        snprintf(t->farewell, sizeof t->farewell, "%s", unix_connect_error(status));
+    if (status < 0 && !t->crowded)
+        t->error = -status;
+}
+
+void transport_connect(struct transport *t, const struct ssh_target *target) {
+    if (target->address.ss_family == AF_UNIX)
+        transport_connect_locally(t, target);
+    else if (connect(t->fd, (const struct sockaddr *)&target->address, target->address_length) <
+                 0 &&
+             errno != EINPROGRESS)
+        t->error = errno;
 }
 
 void transport_ask(struct transport *t, unsigned vsock_port) {

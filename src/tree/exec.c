@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -7,7 +8,8 @@
 #include "util/errors.h"
 #include "vm/command.h"
 
-/* ID/exec: each open is a session of its own (design, section 4).
+/* ID/exec: each open is a session of its own (design, section 4). What is written in pieces (line
+ * by line by bash, in blocks by cat) would be several commands: the second piece is refused.
  *
  *   write-only   one WRITE is one command; it returns when the command has ended
  *   read-write   WRITE starts a command, READ streams its output and ends with it
@@ -16,14 +18,13 @@
  * The kernel moves the file position of whoever shares a descriptor, so offsets say nothing here: a
  * handle reads on from where it has read to. */
 
-#define EXEC_PIECE 1024 /* bytes from which on a write without a newline looks like that */
-
 struct exec_handle {
     struct handle handle;
     struct command *command; /* whose output is read; NULL: none. A reference */
     uint64_t position;
-    bool own;   /* started by this handle: ends with it */
-    bool piece; /* what was written last looks like the beginning of something */
+    struct vm_wait polled;
+    bool own;     /* started by this handle: ends with it */
+    bool written; /* since it was opened, flushed or read from: what follows is more of that */
 };
 
 /* A request that waits for a command. */
@@ -45,6 +46,13 @@ static void exec_stat(const struct node *node, struct node_stat *ret_stat) {
     ret_stat->attr_seconds = NODE_BRIEF_SECONDS;
 }
 
+static void exec_wake(struct vm_wait *wait, int status) {
+    struct exec_handle *h = LIST_OWNER(wait, struct exec_handle, polled);
+    (void)status;
+    if (h->handle.wake)
+        h->handle.wake(&h->handle);
+}
+
 static void exec_open(struct node *node, int flags, struct request *rq) {
     struct exec_handle *h = calloc(1, sizeof *h);
     if (!h) {
@@ -53,6 +61,8 @@ static void exec_open(struct node *node, int flags, struct request *rq) {
     }
     handle_init(&h->handle, node, flags);
     h->handle.uncached = true;
+    list_init(&h->polled.link);
+    h->polled.done = exec_wake;
     struct command *newest = command_newest(node->vm);
     if ((flags & O_ACCMODE) == O_RDONLY && newest)
         h->command = command_ref(newest);
@@ -115,16 +125,16 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
                                "exec: the command written before on this open file still runs"));
         return;
     }
-    if (h->piece) {
+    if (h->written) {
         request_answer(rq, vm_fail(handle->node->vm, -ERR_INVALID,
-                                   "exec: one write is one command (of %d bytes at most), and the "
-                                   "one before did not end with a line: this is more of it",
+                                   "exec: one write is one command (of %d bytes at most), and this "
+                                   "is more of the one before, which has run: bash writes line by "
+                                   "line, so give it a here-document with cat, or open the file "
+                                   "for each command",
                                    COMMAND_LIMIT));
         return;
     }
-    /* As cat(1) and the like write what is longer than their buffer. */
-    h->piece =
-        (handle->flags & O_ACCMODE) == O_WRONLY && length >= EXEC_PIECE && data[length - 1] != '\n';
+    h->written = true;
     size_t text = length;
     while (text > 0 && data[text - 1] == '\n')
         text--;
@@ -141,6 +151,7 @@ static void exec_write(struct handle *handle, const char *data, size_t length, o
     }
     command_set_newest(command);
     if ((handle->flags & O_ACCMODE) == O_RDWR) {
+        vm_wait_cancel(&h->polled);
         if (h->command)
             command_unref(h->command);
         h->command = command;
@@ -187,8 +198,13 @@ static void exec_read_cancel(struct request *rq, int status, void *arg) {
 static void exec_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
     struct exec_handle *h = (struct exec_handle *)handle;
     (void)offset;
+    h->written = false;
     if (exec_answer_read(h, length, rq))
         return;
+    if (handle->flags & O_NONBLOCK) {
+        request_answer(rq, -ERR_AGAIN);
+        return;
+    }
     struct exec_wait *w = exec_wait_new(h, h->command, rq, length, exec_read_progress);
     if (!w)
         request_answer(rq, -ERR_NO_MEMORY);
@@ -196,8 +212,28 @@ static void exec_read(struct handle *handle, size_t length, off_t offset, struct
         request_wait(rq, 0, exec_read_cancel, w);
 }
 
+/* A descriptor of it was closed: what a shell does after each command that it had redirected. */
+static void exec_flush(struct handle *handle, struct request *rq) {
+    struct exec_handle *h = (struct exec_handle *)handle;
+    h->written = false;
+    request_answer(rq, 0);
+}
+
+static unsigned exec_poll(struct handle *handle) {
+    struct exec_handle *h = (struct exec_handle *)handle;
+    const struct command *command = h->command;
+    unsigned writable = h->own && command->end == COMMAND_RUNNING ? 0 : POLLOUT | POLLWRNORM;
+    vm_wait_cancel(&h->polled);
+    if (!command || command->end != COMMAND_RUNNING || command->out.end > h->position ||
+        command->out.cut)
+        return writable | POLLIN | POLLRDNORM;
+    list_append(&h->command->waits, &h->polled.link);
+    return writable;
+}
+
 static void exec_release(struct handle *handle) {
     struct exec_handle *h = (struct exec_handle *)handle;
+    vm_wait_cancel(&h->polled);
     if (h->command) {
         if (h->own)
             command_kill(h->command, COMMAND_KILL_S);
@@ -212,6 +248,8 @@ const struct node_ops exec_ops = {
     .open = exec_open,
     .read = exec_read,
     .write = exec_write,
+    .flush = exec_flush,
+    .poll = exec_poll,
     .release = exec_release,
     .setattr = node_setattr_ignore,
 };

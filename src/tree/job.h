@@ -41,6 +41,8 @@ struct job_handle {
 void job_handle_open(struct node *node, int flags, struct request *rq);
 /* `uncached`: see struct handle. */
 void job_handle_open_as(struct node *node, int flags, bool uncached, struct request *rq);
+/* Of what is only ever written: root, who may read it, finds it empty, as cp -r does of a job. */
+void job_read_nothing(struct handle *handle, size_t length, off_t offset, struct request *rq);
 void job_handle_release(struct handle *handle);
 void job_handle_free(struct job_handle *h);
 

@@ -29,7 +29,8 @@ static void stream_open(struct node *node, int flags, struct request *rq) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     const struct spool *spool = stream_spool(node);
-    bool whole = spool && output_size(job->command, spool) == (off_t)spool->end;
+    bool whole = spool && job->command->end != COMMAND_RUNNING &&
+                 output_size(job->command, spool) == (off_t)spool->end;
     job_handle_open_as(node, flags, !whole || now.tv_sec - job->changed.tv_sec < STREAM_SETTLED_S,
                        rq);
 }
@@ -121,18 +122,15 @@ const struct node_ops job_exit_ops = {
 /* ---- stdin: a pipe; when the last writer has closed it, it is at its end ---- */
 
 static void stdin_open(struct node *node, int flags, struct request *rq) {
-    struct job *job = job_of(node);
-    if ((flags & O_ACCMODE) == O_RDONLY) {
-        request_answer(rq, -ERR_NOT_PERMITTED);
-        return;
-    }
-    job_open_input(job);
+    if ((flags & O_ACCMODE) != O_RDONLY)
+        job_open_input(job_of(node));
     job_handle_open(node, flags, rq);
 }
 
 static void stdin_release(struct handle *handle) {
     struct job_handle *h = (struct job_handle *)handle;
-    job_close_input(h->job);
+    if ((handle->flags & O_ACCMODE) != O_RDONLY)
+        job_close_input(h->job);
     job_handle_free(h);
 }
 
@@ -164,6 +162,7 @@ static void stdin_write(struct handle *handle, const char *data, size_t length, 
 const struct node_ops job_stdin_ops = {
     .stat = job_stat_init,
     .open = stdin_open,
+    .read = job_read_nothing,
     .write = stdin_write,
     .release = stdin_release,
     .setattr = node_setattr_ignore,

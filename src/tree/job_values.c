@@ -284,6 +284,7 @@ static void signal_write(struct handle *handle, const char *data, size_t length,
 const struct node_ops job_signal_ops = {
     .stat = job_stat_init,
     .open = job_handle_open,
+    .read = job_read_nothing,
     .write = signal_write,
     .release = job_handle_release,
     .setattr = node_setattr_ignore,

@@ -17,8 +17,9 @@ static int output_error(const struct command *command) {
 off_t output_size(const struct command *command, const struct spool *spool) {
     if (!command)
         return 1;
-    return (off_t)spool->end +
-           (spool->cut || command->end == COMMAND_RUNNING || output_error(command) < 0);
+    if (spool->cut || output_error(command) < 0)
+        return (off_t)spool->end + 1;
+    return spool->end == 0 && command->end == COMMAND_RUNNING ? 1 : (off_t)spool->end;
 }
 
 bool output_answer_read(struct command *command, struct spool *spool, uint64_t *position,

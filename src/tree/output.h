@@ -9,9 +9,10 @@
 /* Reading the output of a command that may still run: what `exec` and the streams of jobs/ share.
  */
 
-/* The size to be shown. Where the end of the output is missing, or still to come (`command` may be
- * NULL), it is one byte more than there is: cp(1) and the like read so much and no more, and so
- * meet the error; sendfile(2) does not ask for anything if there is nothing. */
+/* The size to be shown: what there is, which is what tail(1) looks at the end of. Where the end of
+ * the output is missing it is one byte more: cp(1) and the like read so much and no more, and so
+ * meet the error. Where nothing has come yet (`command` may be NULL) it is 1: sendfile(2) would not
+ * ask for anything. */
 off_t output_size(const struct command *command, const struct spool *spool);
 
 /* Answers a READ of `length` bytes at *position of `spool` (the command's own), and moves the

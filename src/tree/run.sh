@@ -73,7 +73,9 @@ echo wait >"$_run_job/overflow" && echo 256K >"$_run_job/output_max" || refused
 
 if [ -t 0 ]; then _run_input=; fi
 if [ -n "$_run_input" ]; then { command exec 4<&0; } 2>/dev/null || _run_input=; fi
-[ -e /dev/fd/2 ] || exec 2>/dev/null # it was closed
+# What was closed: ssh opens that, too.
+[ -e /dev/fd/1 ] || exec >/dev/null
+[ -e /dev/fd/2 ] || exec 2>/dev/null
 
 # Ctrl-C reaches everybody here: those in the background ignore it, and the command gets it there.
 forward() { # SIGNAL STATUS

@@ -34,7 +34,7 @@ static bool vmdir_info(struct vm *vm, struct buf *out) {
 
 static bool vmdir_ssh_config(struct vm *vm, struct buf *out) {
     vm_ssh_config(vm, out);
-    return true;
+    return !out->failed;
 }
 
 static const struct node_row vmdir_rows[] = {

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -10,11 +11,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "util/buf.h"
 #include "util/cleanup.h"
 
 #define LOG_SOCKET "/dev/log"
 #define LOG_FACILITY (3 << 3)    /* daemon, of syslog(3) */
 #define LOG_FILE_LIMIT (1 << 20) /* then it is put aside, for the one before */
+#define LOG_HELD_MOST 1000       /* lines; what comes then is left out */
 
 static const struct {
     const char *name;
@@ -34,6 +37,13 @@ static struct {
     char *path;   /* of the file; NULL: in the foreground */
     bool open;    /* the file is stderr */
     off_t length; /* of the file */
+    bool holds;
+    struct log_line {
+        enum log_level level;
+        struct timespec time;
+        struct buf text; /* owned */
+    } * held;
+    size_t held_count;
 } log_self = {.most = LOG_LEVEL_INFO, .socket = -1};
 
 bool log_level_find(const char *name, enum log_level *ret_level) {
@@ -62,20 +72,6 @@ void log_start(enum log_level most) {
 
 bool log_is_on(enum log_level level) {
     return level <= log_self.most;
-}
-
-void log_detach(const char *file) {
-    log_self.path = strdup(file);
-    log_self.journal = false;
-    log_self.socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-}
-
-void log_end(void) {
-    if (log_self.socket >= 0)
-        close(log_self.socket);
-    log_self.socket = -1;
-    free(log_self.path);
-    log_self.path = NULL;
 }
 
 /* Not by syslog(3), which waits for a log that does not take what it is sent, and the daemon must
@@ -140,6 +136,29 @@ static void log_print(enum log_level level, const struct timespec *now, const st
     (void)!write(STDERR_FILENO, line.data, line.len);
 }
 
+static void log_put(enum log_level level, const struct timespec *time, const struct buf *text) {
+    struct tm local;
+    localtime_r(&time->tv_sec, &local);
+    if (!log_send(level, &local, text))
+        log_print(level, time, text);
+}
+
+/* What is wrong is said at once, to who has started us. */
+static void log_keep(enum log_level level, const struct timespec *time, const struct buf *text) {
+    if (level <= LOG_LEVEL_WARNING && log_self.journal)
+        log_print(level, time, text);
+    else if (level <= LOG_LEVEL_WARNING)
+        fprintf(stderr, "vmsfs: %s\n", text->data);
+    struct log_line *held = log_self.held_count < LOG_HELD_MOST
+                                ? realloc(log_self.held, (log_self.held_count + 1) * sizeof *held)
+                                : NULL;
+    if (!held)
+        return;
+    log_self.held = held;
+    held[log_self.held_count] = (struct log_line){.level = level, .time = *time};
+    buf_append(&held[log_self.held_count++].text, text->data, text->len);
+}
+
 void log_write(enum log_level level, const char *format, ...) {
     if (!log_is_on(level))
         return;
@@ -156,10 +175,45 @@ void log_write(enum log_level level, const char *format, ...) {
         else
             buf_append_char(&clean, (char)c);
     }
+    if (clean.failed || !clean.len)
+        return;
     struct timespec now;
-    struct tm local;
     clock_gettime(CLOCK_REALTIME, &now);
-    localtime_r(&now.tv_sec, &local);
-    if (!clean.failed && clean.len && !log_send(level, &local, &clean))
-        log_print(level, &now, &clean);
+    if (log_self.holds)
+        log_keep(level, &now, &clean);
+    else
+        log_put(level, &now, &clean);
+}
+
+void log_hold(void) {
+    log_self.holds = true;
+}
+
+static void log_drop_held(void) {
+    for (size_t i = 0; i < log_self.held_count; i++)
+        buf_free(&log_self.held[i].text);
+    free(log_self.held);
+    log_self.held = NULL;
+    log_self.held_count = 0;
+    log_self.holds = false;
+}
+
+void log_detach(const char *file) {
+    log_self.path = strdup(file);
+    log_self.journal = false;
+    log_self.socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    for (size_t i = 0; i < log_self.held_count; i++) {
+        const struct log_line *line = &log_self.held[i];
+        log_put(line->level, &line->time, &line->text);
+    }
+    log_drop_held();
+}
+
+void log_end(void) {
+    if (log_self.socket >= 0)
+        close(log_self.socket);
+    log_self.socket = -1;
+    free(log_self.path);
+    log_self.path = NULL;
+    log_drop_held();
 }

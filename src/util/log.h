@@ -22,8 +22,13 @@ bool log_level_find(const char *name, enum log_level *ret_level);
 void log_start(enum log_level most);
 bool log_is_on(enum log_level level);
 
-/* stderr is nobody's any more. `file` (absolute; it and file.1 are replaced) is used where the
- * system has no log, or while that takes nothing. */
+/* Of a daemon that is to be in the background and is not yet: lines are kept for log_detach(), or
+ * dropped by log_end() if it does not come to that. Warnings and errors are also said on stderr,
+ * which is still that of whoever has started it. */
+void log_hold(void);
+
+/* stderr is nobody's any more; what was held is logged. `file` (absolute; it and file.1 are
+ * replaced) is used where the system has no log, or while that takes nothing. */
 void log_detach(const char *file);
 
 void log_end(void);

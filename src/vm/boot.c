@@ -109,25 +109,50 @@ static int boot_machine_id(struct vm_boot *boot, char id[NONCE_LENGTH + 1]) {
     return r < 0 ? boot_fail(boot, "cannot write", path, r) : 0;
 }
 
-/* The env file with the folders above it. */
-static int boot_archive_env(struct vm_boot *boot, struct buf *out) {
-    cleanup_free char *path = strdup(boot->config.env_file + 1);
-    int r = path ? 0 : -ENOMEM;
-    for (char *slash = path; r == 0 && (slash = strchr(slash, '/')); slash++) {
-        *slash = '\0';
-        r = cpio_add(out, path, S_IFDIR | 0755, NULL, 0);
-        *slash = '/';
+/* What is particular to this VM (design, section 3: at boot), as archives. Whoever unpacks a folder
+ * gives it the mode and the owner that the archive says, also if it is there already. So they are
+ * in one of their own, for the kernel to unpack before those of the image: what the image has keeps
+ * the image's. */
+struct boot_archives {
+    struct buf folders, files;
+    struct buf injected; /* paths of the files, one a line */
+};
+
+static void boot_archives_free(struct boot_archives *archives) {
+    struct buf *const bufs[] = {&archives->folders, &archives->files, &archives->injected};
+    for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) {
+        if (bufs[i]->data)
+            explicit_bzero(bufs[i]->data, bufs[i]->len);
+        buf_free(bufs[i]);
     }
-    return r < 0 ? r : cpio_add(out, path, S_IFREG | 0644, boot->env.data, boot->env.len);
+}
+#define cleanup_archives __attribute__((cleanup(boot_archives_free)))
+
+/* Where there is none yet: the key's folder is root's alone. */
+static mode_t boot_folder_mode(const char *path) {
+    return strcmp(path, "root") == 0 || strcmp(path, "root/.ssh") == 0 ? 0700 : 0755;
 }
 
-/* For a guest with a disk, which may have others of an earlier boot: the files of this boot, one
- * path a line. */
+/* A file, with the folders above it. */
+static int boot_add(struct boot_archives *archives, const char *path, mode_t mode, const char *data,
+                    size_t length) {
+    cleanup_free char *folder = strdup(path);
+    int r = folder ? 0 : -ENOMEM;
+    for (char *slash = folder; r == 0 && (slash = strchr(slash, '/')); slash++) {
+        *slash = '\0';
+        r = cpio_add(&archives->folders, folder, S_IFDIR | boot_folder_mode(folder), NULL, 0);
+        *slash = '/';
+    }
+    buf_printf(&archives->injected, "%s\n", path);
+    return r < 0 ? r : cpio_add(&archives->files, path, S_IFREG | mode, data, length);
+}
+
+/* For a guest with a disk, which may have others of an earlier boot: the files of this boot. */
 #define BOOT_INJECTED ".vmsfs-injected"
 
-/* The archive with what is particular to this VM (design, section 3: at boot). */
-static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct buf *out) {
-    cleanup_buf struct buf hostname = {0}, injected = {0};
+static int boot_archive(struct vm_boot *boot, const struct buf *host_key,
+                        struct boot_archives *ret) {
+    cleanup_buf struct buf hostname = {0};
     char machine_id[NONCE_LENGTH + 2];
     if (boot_machine_id(boot, machine_id) < 0)
         return boot->result.status;
@@ -139,31 +164,25 @@ static int boot_archive(struct vm_boot *boot, const struct buf *host_key, struct
         const char *data;
         size_t length;
     } members[] = {
-        {"etc", S_IFDIR | 0755, NULL, 0},
-        {"etc/hostname", S_IFREG | 0644, hostname.data, hostname.len},
-        {BOOT_MACHINE_ID, S_IFREG | 0444, machine_id, NONCE_LENGTH + 1},
-        {"etc/ssh", S_IFDIR | 0755, NULL, 0},
-        {"etc/ssh/ssh_host_ed25519_key", S_IFREG | 0600, host_key->data, host_key->len},
-        {"root", S_IFDIR | 0700, NULL, 0},
-        {"root/.ssh", S_IFDIR | 0700, NULL, 0},
-        {"root/.ssh/authorized_keys", S_IFREG | 0600, boot->key_public, strlen(boot->key_public)},
+        {"etc/hostname", 0644, hostname.data, hostname.len},
+        {BOOT_MACHINE_ID, 0444, machine_id, NONCE_LENGTH + 1},
+        {"etc/ssh/ssh_host_ed25519_key", 0600, host_key->data, host_key->len},
+        {"root/.ssh/authorized_keys", 0600, boot->key_public, strlen(boot->key_public)},
     };
     int r = 0;
-    for (size_t i = 0; i < sizeof members / sizeof *members && r == 0; i++) {
-        r = cpio_add(out, members[i].path, members[i].mode, members[i].data, members[i].length);
-        if (S_ISREG(members[i].mode))
-            buf_printf(&injected, "%s\n", members[i].path);
-    }
-    if (r == 0 && boot->env.len) {
-        r = boot_archive_env(boot, out);
-        buf_printf(&injected, "%s\n", boot->config.env_file + 1);
-    }
+    for (size_t i = 0; i < sizeof members / sizeof *members && r == 0; i++)
+        r = boot_add(ret, members[i].path, members[i].mode, members[i].data, members[i].length);
+    if (r == 0 && boot->env.len)
+        r = boot_add(ret, boot->config.env_file + 1, 0644, boot->env.data, boot->env.len);
     if (r == 0 && boot->config.disk)
-        r = injected.failed
-                ? -ENOMEM
-                : cpio_add(out, BOOT_INJECTED, S_IFREG | 0600, injected.data, injected.len);
-    cpio_end(out);
-    return r < 0 || out->failed ? boot_fail(boot, "no memory for", boot->id, -ENOMEM) : 0;
+        r = ret->injected.failed ? -ENOMEM
+                                 : cpio_add(&ret->files, BOOT_INJECTED, S_IFREG | 0600,
+                                            ret->injected.data, ret->injected.len);
+    cpio_end(&ret->folders);
+    cpio_end(&ret->files);
+    return r < 0 || ret->folders.failed || ret->files.failed
+               ? boot_fail(boot, "no memory for", boot->id, -ENOMEM)
+               : 0;
 }
 
 static int boot_copy(int from, int to) {
@@ -203,7 +222,17 @@ static int boot_append(struct vm_boot *boot, int to, const char *path, const cha
     return r < 0 ? boot_fail(boot, "cannot write", path, r) : 0;
 }
 
-static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
+static int boot_write(struct vm_boot *boot, int to, const char *path, const struct buf *data) {
+    for (size_t done = 0; done < data->len;) {
+        ssize_t n = write(to, data->data + done, data->len - done);
+        if (n < 0)
+            return boot_fail(boot, "cannot write", path, -errno);
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+static int boot_initrd(struct vm_boot *boot, const struct boot_archives *archives) {
     const struct image *image = &boot->result.image;
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/initrd", boot->dir) < 0)
@@ -212,52 +241,17 @@ static int boot_initrd(struct vm_boot *boot, const struct buf *archive) {
     cleanup_close int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (to < 0)
         return boot_fail(boot, "cannot write", path, -errno);
-    if (boot_append(boot, to, path, image->initrd) < 0 ||
+    if (boot_write(boot, to, path, &archives->folders) < 0 ||
+        boot_append(boot, to, path, image->initrd) < 0 ||
         (boot->config.disk && image->disk_initrd &&
-         boot_append(boot, to, path, image->disk_initrd) < 0)) {
+         boot_append(boot, to, path, image->disk_initrd) < 0) ||
+        boot_write(boot, to, path, &archives->files) < 0) {
         unlink(path);
         return boot->result.status;
-    }
-    int r = 0;
-    for (size_t done = 0; r == 0 && done < archive->len;) {
-        ssize_t n = write(to, archive->data + done, archive->len - done);
-        if (n < 0)
-            r = -errno;
-        else
-            done += (size_t)n;
-    }
-    if (r < 0) {
-        unlink(path);
-        return boot_fail(boot, "cannot write", path, r);
     }
     boot->result.initrd = path;
     path = NULL;
     return 0;
-}
-
-/* What it runs in, and what is booted, with its disk, or attached. */
-static int boot_find(struct vm_boot *boot) {
-    struct vm_boot_result *result = &boot->result;
-    const struct vm_config *config = &boot->config;
-    char *why = NULL;
-    int r = 0;
-    if (!vmm_is_for_existing(config->backend))
-        r = image_open(boot->settings, config->image, &result->image, &why);
-    if (r == 0)
-        r = vmm_find(config->backend, result->image.vsock_port, &result->backend, &result->why);
-    if (r == 0 && result->backend->existing)
-        r = machine_prepare(config, boot->key_path, &result->host_key, &why);
-    if (r == 0 && !result->backend->existing)
-        r = image_check_memory(&result->image, config->image, config->memory, &why);
-    if (r == 0 && !result->backend->existing)
-        r = image_check_disk(&result->image, config->image, config->disk, &why);
-    if (r == 0 && !result->backend->existing && config->disk)
-        r = disk_prepare(boot->dir, config->disk, &result->disk, &why);
-    if (why) {
-        free(result->why);
-        result->why = why;
-    }
-    return result->status = r;
 }
 
 void boot_configure(const struct settings *settings, const struct vm_config *vm,
@@ -279,6 +273,46 @@ void boot_configure(const struct settings *settings, const struct vm_config *vm,
         .address = vm->address,
         .port = vm->port,
     };
+}
+
+int boot_find_backend(const struct settings *settings, const struct vm_config *config,
+                      const struct image *image, const struct vmm_ops **ret_backend,
+                      char **ret_why) {
+    cleanup_buf struct buf boot_args = {0};
+    struct vmm_config vmm;
+    boot_configure(settings, config, image, &boot_args, &vmm);
+    return boot_args.failed ? -ERR_NO_MEMORY
+                            : vmm_find(config->backend, &vmm, ret_backend, ret_why);
+}
+
+/* What it runs in, and what is booted, with its disk, or attached. A backend that cannot work is
+ * said before an image that is not there. */
+static int boot_find(struct vm_boot *boot) {
+    struct vm_boot_result *result = &boot->result;
+    const struct vm_config *config = &boot->config;
+    char *why = NULL;
+    int r = vmm_find(config->backend, NULL, &result->backend, &result->why);
+    if (r == 0 && !result->backend->existing) {
+        r = image_open(boot->settings, config->image, &result->image, &why);
+        if (r == 0)
+            r = boot_find_backend(boot->settings, config, &result->image, &result->backend, &why);
+        free(result->why);
+        result->why = why;
+        why = NULL;
+    }
+    if (r == 0 && result->backend->existing)
+        r = machine_prepare(config, boot->key_path, &result->host_key, &why);
+    if (r == 0 && !result->backend->existing)
+        r = image_check_memory(&result->image, config->image, config->memory, &why);
+    if (r == 0 && !result->backend->existing)
+        r = image_check_disk(&result->image, config->image, config->disk, &why);
+    if (r == 0 && !result->backend->existing && config->disk)
+        r = disk_prepare(boot->dir, config->disk, &result->disk, &why);
+    if (why) {
+        free(result->why);
+        result->why = why;
+    }
+    return result->status = r;
 }
 
 /* A template, if one may be used and fits; and what is to be made one of, if there could be one. A
@@ -311,7 +345,8 @@ static int boot_forget(struct vm_boot *boot, const char *name) {
     return unlink(path) < 0 && errno != ENOENT ? boot_fail(boot, "cannot remove", path, -errno) : 0;
 }
 
-/* What the guest of a template is told: the archive that another one has behind its initrd. */
+/* What the guest of a template is told: the files that another one has behind its initrd. Its
+ * folders are there already. */
 static int boot_identity(struct vm_boot *boot, const struct buf *archive) {
     cleanup_free char *path = NULL;
     if (asprintf(&path, "%s/identity", boot->dir) < 0)
@@ -335,10 +370,7 @@ static void boot_prepare_vmm(struct vm_boot *boot) {
     config.dir = boot->dir;
     config.initrd = result->initrd;
     config.disk = result->disk;
-    int r = vmm_check_config(result->backend, &config, &why);
-    if (r == 0 && result->backend->prepare)
-        r = result->backend->prepare(&config, &why);
-    if (r == 0)
+    if (!result->backend->prepare || result->backend->prepare(&config, &why) == 0)
         return;
     free(result->why);
     result->why = why;
@@ -347,19 +379,19 @@ static void boot_prepare_vmm(struct vm_boot *boot) {
 
 static void boot_work(uv_work_t *work) {
     struct vm_boot *boot = work->data;
-    cleanup_buf struct buf host_key = {0}, archive = {0};
+    cleanup_buf struct buf host_key = {0};
+    cleanup_archives struct boot_archives archives = {0};
     if (boot_find(boot) < 0 || boot->result.backend->existing ||
-        boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archive) < 0)
+        boot_host_key(boot, &host_key) < 0 || boot_archive(boot, &host_key, &archives) < 0)
         return;
     boot_find_template(boot);
     bool warm = boot->result.template.dir;
     int r = boot_forget(boot, warm ? "initrd" : "identity");
     if (r == 0)
-        r = warm ? boot_identity(boot, &archive) : boot_initrd(boot, &archive);
+        r = warm ? boot_identity(boot, &archives.files) : boot_initrd(boot, &archives);
     if (r == 0)
         boot_prepare_vmm(boot);
     explicit_bzero(host_key.data, host_key.len);
-    explicit_bzero(archive.data, archive.len);
 }
 
 static void boot_free(struct vm_boot *boot) {
@@ -402,9 +434,7 @@ int boot_prepare(struct vm *vm, void (*done)(struct vm *vm, struct vm_boot_resul
     boot->key_public = strdup(vm->daemon->key_public);
     boot->key_path = strdup(vm->config.key[0] ? vm->config.key : vm->daemon->key_path);
     boot->work.data = boot;
-    boot->bad_template = vm->bad_template;
-    boot->cold = vm->bad_template;
-    vm->bad_template = NULL;
+    warm_begin_boot(vm, &boot->bad_template, &boot->cold);
     int r = config_copy(&boot->config, &vm->config);
     if (r == 0)
         r = vars_inject(vm->vars, &boot->env);

@@ -34,5 +34,10 @@ void boot_configure(const struct settings *settings, const struct vm_config *vm,
                     const struct image *image, struct buf *boot_args,
                     struct vmm_config *ret_config);
 
+/* vmm_find() for that. Blocks shortly. */
+int boot_find_backend(const struct settings *settings, const struct vm_config *config,
+                      const struct image *image, const struct vmm_ops **ret_backend,
+                      char **ret_why);
+
 /* The public part of a key file of ssh-keygen: its blob (RFC 4253, section 6.6). Blocks shortly. */
 int boot_read_public_key(const char *path, struct buf *ret_blob);

@@ -287,10 +287,7 @@ int command_signal(struct command *command, const char *signal, unsigned grace_s
         list_remove(&waits);
         return r;
     }
-    /* Its process is not known yet. Of several signals the last is sent. */
-    snprintf(shell->signal, sizeof shell->signal, "%s", signal);
-    shell->signal_grace = grace_s;
-    list_splice(&shell->signal_waits, &waits);
+    shell_keep_signal(shell, signal, grace_s, &waits);
     return 0;
 }
 

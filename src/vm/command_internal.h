@@ -68,6 +68,12 @@ void shell_kill(struct command_shell *shell, unsigned grace_s);
 int shell_send_signal(struct command_shell *shell, const char *signal, unsigned grace_s,
                       struct list *waits);
 
+/* The same for one whose process is not known yet: the signal is sent when it is. Of several
+ * signals the last is sent. A command that waits for a place and would be ended by it never begins.
+ */
+void shell_keep_signal(struct command_shell *shell, const char *signal, unsigned grace_s,
+                       struct list *waits);
+
 /* The channel is over. */
 void shell_over(void *arg, const struct ssh_exit *exit);
 

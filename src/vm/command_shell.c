@@ -132,6 +132,12 @@ static void shell_end(struct command_shell *shell, enum command_end end) {
     vm_wait_wake(&unsent, -ERR_BUSY);
 }
 
+/* RFC 4254, 6.10, names some signals; what a server says of others has an @, or is nothing. */
+static void command_set_signal(struct command *command, const char *signal) {
+    snprintf(command->signal, sizeof command->signal, "%s",
+             signal[0] && !strchr(signal, '@') ? signal : COMMAND_SIGNAL_UNNAMED);
+}
+
 static void shell_linger_over(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
     if (shell->paused) { /* there is more, that nobody has room for */
@@ -157,20 +163,46 @@ static void shell_send_kill(struct command_shell *shell) {
         log_warn("%s: a command could not be ended in the guest: no connection", vm->id);
 }
 
+/* It waits for a place: it need never begin. Else it is ended when it does. */
+static bool shell_is_unbegun(const struct command_shell *shell) {
+    return !shell->pid && !ssh_channel_is_asked(shell->channel);
+}
+
 /* KILL has been sent in the guest; what the server says of it is not waited for. */
 static void shell_killed(uv_timer_t *timer) {
     struct command_shell *shell = timer->data;
-    snprintf(shell->command->signal, sizeof shell->command->signal, "KILL");
-    if (!shell->pid && !ssh_channel_is_asked(shell->channel))
-        shell->closed = true; /* so it never begins; else it is ended when it does */
+    shell->closed = shell_is_unbegun(shell);
+    command_set_signal(shell->command, shell->closed ? "TERM" : "KILL");
     shell_end(shell, COMMAND_SIGNALED);
 }
 
 void shell_kill(struct command_shell *shell, unsigned grace_s) {
     shell->kill_grace = grace_s;
-    shell_timer(shell, shell_killed, grace_s * 1000 + COMMAND_LINGER_MS);
+    shell_timer(shell, shell_killed,
+                shell_is_unbegun(shell) ? 0 : grace_s * 1000 + COMMAND_LINGER_MS);
     if (shell->pid)
         shell_send_kill(shell);
+}
+
+static void shell_unbegun_over(uv_timer_t *timer) {
+    struct command_shell *shell = timer->data;
+    if (!shell_is_unbegun(shell))
+        return;
+    command_set_signal(shell->command, shell->signal);
+    shell->closed = true;
+    vm_wait_wake(&shell->signal_waits, 0);
+    shell_end(shell, COMMAND_SIGNALED);
+}
+
+void shell_keep_signal(struct command_shell *shell, const char *signal, unsigned grace_s,
+                       struct list *waits) {
+    static const char *const endings[] = {"HUP", "INT", "QUIT", "KILL", "TERM"};
+    snprintf(shell->signal, sizeof shell->signal, "%s", signal);
+    shell->signal_grace = grace_s;
+    list_splice(&shell->signal_waits, waits);
+    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++)
+        if (strcmp(signal, endings[i]) == 0 && shell_is_unbegun(shell) && !shell->kill_grace)
+            shell_timer(shell, shell_unbegun_over, 0);
 }
 
 struct command_signal_sent {
@@ -355,12 +387,6 @@ static void shell_drained(void *arg) {
     struct command_shell *shell = arg;
     if (shell->command)
         vm_wait_wake(&shell->command->input_waits, 0);
-}
-
-/* RFC 4254, 6.10, names some signals; what a server says of others has an @, or is nothing. */
-static void command_set_signal(struct command *command, const char *signal) {
-    snprintf(command->signal, sizeof command->signal, "%s",
-             signal[0] && !strchr(signal, '@') ? signal : COMMAND_SIGNAL_UNNAMED);
 }
 
 void shell_over(void *arg, const struct ssh_exit *exit) {

@@ -359,6 +359,31 @@ static void config_quote(const char *text, size_t length, struct buf *out) {
     buf_append_str(out, n < length ? "…\"" : "\"");
 }
 
+#define CONFIG_PART_LEAST 3 /* letters of a value that are not in other words by chance */
+
+/* Is the value, or what is in it between blanks and commas, quoted there? */
+static bool config_is_quoted(const char *value, const char *words) {
+    for (const char *part = value; *part;) {
+        part += strspn(part, " ,+-");
+        size_t length = strcspn(part, " ,");
+        if (length >= CONFIG_PART_LEAST && memmem(words, strlen(words), part, length))
+            return true;
+        part += length;
+    }
+    return false;
+}
+
+void config_name_quoted(const struct vm_config *config, const char *words, struct buf *out) {
+    for (size_t i = 0; i < CONFIG_SETTINGS; i++) {
+        const struct config_setting *s = &config_settings[i];
+        if (config_kinds[s->kind].counts || s->kind == CONFIG_CHOICE)
+            continue;
+        const char *value = *config_text(config, s);
+        if (strcmp(value, s->standard) != 0 && config_is_quoted(value, words))
+            buf_printf(out, "%sconfig/%s", out->len ? ", " : "", s->name);
+    }
+}
+
 int config_refuse(const struct config_setting *s, const char *text, size_t length, char **ret_why) {
     struct buf why = {0};
     buf_printf(&why, "%s takes ", s->name);

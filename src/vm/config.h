@@ -100,6 +100,10 @@ void config_print(const struct vm_config *config, const struct config_setting *s
 int config_refuse(const struct config_setting *setting, const char *text, size_t length,
                   char **ret_why);
 
+/* Appends "config/NAME", with commas between, for each setting with a text of its own that these
+ * words quote, or quote a part of. For who has words that may not be shown: whom to ask about. */
+void config_name_quoted(const struct vm_config *config, const char *words, struct buf *out);
+
 /* What stands for a value in a usage text: "N", "PATH", … */
 const char *config_placeholder(const struct config_setting *setting);
 

@@ -64,22 +64,16 @@ static int daemon_sign_lock(const struct daemon *d) {
     return 0;
 }
 
-/* Who has the lock signs it in the next moment; what was there before is of a daemon that has died.
- */
-#define LOCK_SIGNED_MS 1000
+#define LOCK_WAIT_MS 2000 /* for a daemon that has just been unmounted */
 #define LOCK_STEP_MS 10
 
+/* Who has the lock has signed it, or does in the next moment: what was there before is of a daemon
+ * that has died. 0: not known. */
 static pid_t daemon_lock_owner(const struct daemon *d) {
-    for (unsigned waited = 0;; waited += LOCK_STEP_MS) {
-        char text[32] = "";
-        pid_t owner =
-            pread(d->lock_fd, text, sizeof text - 1, 0) > 0 ? (pid_t)strtol(text, NULL, 10) : 0;
-        if (owner > 0 && (kill(owner, 0) == 0 || errno == EPERM))
-            return owner;
-        if (waited >= LOCK_SIGNED_MS)
-            return 0;
-        nanosleep(&(struct timespec){.tv_nsec = LOCK_STEP_MS * 1000000L}, NULL);
-    }
+    char text[32] = "";
+    pid_t owner =
+        pread(d->lock_fd, text, sizeof text - 1, 0) > 0 ? (pid_t)strtol(text, NULL, 10) : 0;
+    return owner > 0 && (kill(owner, 0) == 0 || errno == EPERM) ? owner : 0;
 }
 
 static int daemon_lock(struct daemon *d, char **ret_why) {
@@ -89,12 +83,13 @@ static int daemon_lock(struct daemon *d, char **ret_why) {
     d->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (d->lock_fd < 0)
         return daemon_fail(ret_why, -errno, "cannot open", path);
-    if (flock(d->lock_fd, LOCK_EX | LOCK_NB) == 0)
-        return daemon_sign_lock(d);
+    for (unsigned waited = 0; waited <= LOCK_WAIT_MS; waited += LOCK_STEP_MS) {
+        if (flock(d->lock_fd, LOCK_EX | LOCK_NB) == 0)
+            return daemon_sign_lock(d);
+        nanosleep(&(struct timespec){.tv_nsec = LOCK_STEP_MS * 1000000L}, NULL);
+    }
     pid_t owner = daemon_lock_owner(d);
     char process[32] = "unknown";
-    close(d->lock_fd);
-    d->lock_fd = -1; /* what is in these directories is another's */
     if (owner)
         snprintf(process, sizeof process, "%d", (int)owner);
     if (asprintf(ret_why,

@@ -26,6 +26,15 @@ void image_search_path(const struct settings *settings, struct buf *out) {
                         "/usr/share/vmsfs/images\n");
 }
 
+const char *image_builder(const struct settings *settings) {
+    static const char installed[] = "vmsfs-guest-tiny";
+    cleanup_buf struct buf path = {0};
+    const char *slash = strrchr(settings->program, '/');
+    buf_printf(&path, "%.*s%s", slash ? (int)(slash - settings->program + 1) : 0, settings->program,
+               installed);
+    return !path.failed && access(path.data, X_OK) == 0 ? installed : "contrib/guest/tiny";
+}
+
 void image_close(struct image *image) {
     free(image->path);
     free(image->kernel);
@@ -169,9 +178,9 @@ int image_open(const struct settings *settings, const char *name, struct image *
                 *c = ' ';
         return error_explain(
             -ERR_GONE, ret_why,
-            "image \"%s\" is in none of: %s- build one with vmsfs-guest-tiny (contrib/guest/tiny "
-            "in the sources), or name its folder with -o images=DIR",
-            name, path.data);
+            "image \"%s\" is in none of: %s- build one with %s, or name its folder with "
+            "-o images=DIR",
+            name, path.data, image_builder(settings));
     }
     cleanup_free char *file = NULL;
     cleanup_buf struct buf text = {0};

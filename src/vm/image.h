@@ -51,5 +51,9 @@ int image_check_memory(const struct image *image, const char *name, unsigned mem
  */
 int image_check_disk(const struct image *image, const char *name, unsigned disk, char **ret_why);
 
+/* How the program is called that makes the image `tiny`: as it was installed with this one, or as
+ * it is in the sources. A constant. */
+const char *image_builder(const struct settings *settings);
+
 /* The folders that images are looked for in, one a line, in their order. */
 void image_search_path(const struct settings *settings, struct buf *out);

@@ -10,6 +10,8 @@
 #include "util/errors.h"
 #include "util/fs.h"
 #include "util/log.h"
+#include "vm/command.h"
+#include "vm/control.h"
 #include "vm/host_key.h"
 #include "vm/vars.h"
 #include "vmm/vmm.h"
@@ -122,6 +124,35 @@ void machine_changed(struct vm *vm, const struct config_setting *setting) {
         vars_take_along(vm->vars);
         vm->met = false;
     }
+}
+
+#define MACHINE_END_STEP_MS 20
+#define MACHINE_END_MOST_MS (COMMAND_KILL_S * 1000 + 1000)
+
+static bool machine_runs_commands(const struct vm *vm) {
+    return vm->backend && vm->backend->existing && control_is_up(vm->control) &&
+           commands_are_running(vm->commands);
+}
+
+static void machine_end_step(uv_timer_t *timer) {
+    struct vm *vm = timer->data;
+    void (*then)(struct vm * vm) = vm->commands_ended;
+    if (machine_runs_commands(vm) && uv_now(vm->daemon->loop) < vm->commands_deadline)
+        return;
+    uv_timer_stop(timer);
+    vm->commands_ended = NULL;
+    then(vm);
+}
+
+void machine_end_commands(struct vm *vm, void (*then)(struct vm *vm)) {
+    if (!machine_runs_commands(vm)) {
+        then(vm);
+        return;
+    }
+    commands_kill_all(vm->commands);
+    vm->commands_ended = then;
+    vm->commands_deadline = uv_now(vm->daemon->loop) + MACHINE_END_MOST_MS;
+    uv_timer_start(vm->timer, machine_end_step, MACHINE_END_STEP_MS, MACHINE_END_STEP_MS);
 }
 
 bool machine_is_nowhere(struct vm *vm) {

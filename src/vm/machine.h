@@ -23,7 +23,9 @@ void machine_trust(struct vm *vm, const char *key, size_t length);
  * accepted. */
 void machine_no_answer(struct vm *vm, int status, bool trusted, const char *why);
 
-/* What has kept it from answering, and a remedy; never empty. */
+/* What has kept it, or any guest, from answering; of an existing machine with a remedy. Never
+ * empty.
+ */
 const char *machine_trouble(const struct vm *vm);
 
 /* A setting that says which machine it is or where its variables are has changed. */
@@ -31,6 +33,10 @@ void machine_changed(struct vm *vm, const struct config_setting *setting);
 
 /* An existing machine without an address: leaves words. */
 bool machine_is_nowhere(struct vm *vm);
+
+/* It is left: ends what vmsfs runs there, which nobody would see any more. `then` is called when
+ * that has ended, has taken too long, or cannot be told; at once, if there is nothing to end. */
+void machine_end_commands(struct vm *vm, void (*then)(struct vm *vm));
 
 /* What has to be done before it is attached, in the thread pool: looks for the files that the
  * configuration names, and reads the host key. On error *ret_why is a sentence. */

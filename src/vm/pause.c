@@ -25,19 +25,20 @@ static void pause_take_back(struct vm *vm, int status) {
     vm_unsettle(vm, vm->resuming ? VM_RUNNING : VM_PAUSED, status);
 }
 
-static void pause_failed(struct vm *vm, int status, const char *why) {
-    vm_fail(vm, status, "%s could not be %s: %s", vm->id, vm->resuming ? "resumed" : "paused", why);
+static void pause_failed(struct vm *vm, int status, const char *why, const char *words) {
+    vm_fail_quoting(vm, status, words, "%s could not be %s: %s%s", vm->id,
+                    vm->resuming ? "resumed" : "paused", why, words[0] ? ". It said: " : "");
     pause_take_back(vm, status);
 }
 
-static void pause_is_over(void *arg, int status, const char *why) {
+static void pause_is_over(void *arg, int status, const char *why, const char *words) {
     struct vm *vm = arg;
     vm->pausing = false;
     if (vm->gone || (vm->state != VM_RUNNING && vm->state != VM_UNREACHABLE))
         return;
     if (status < 0) {
         pause_hold(vm, false);
-        pause_failed(vm, status, why);
+        pause_failed(vm, status, why, words);
         return;
     }
     vm_set_state(vm, VM_PAUSED);
@@ -58,13 +59,13 @@ static void pause_when_idle(uv_timer_t *timer) {
     vm->vmm->ops->pause(vm->vmm, true, pause_is_over);
 }
 
-static void pause_resumed(void *arg, int status, const char *why) {
+static void pause_resumed(void *arg, int status, const char *why, const char *words) {
     struct vm *vm = arg;
     vm->pausing = false;
     if (vm->gone || vm->state != VM_PAUSED)
         return;
     if (status < 0) {
-        pause_failed(vm, status, why);
+        pause_failed(vm, status, why, words);
         return;
     }
     bool connected = control_is_up(vm->control);
@@ -83,7 +84,7 @@ void vm_pause_saved(struct vm_wait *wait, int status) {
     if (status < 0) {
         cleanup_buf struct buf why = {0};
         buf_printf(&why, "that could not be written to the host's disk: %s", error_text(status));
-        pause_failed(vm, status, why.failed ? "out of memory" : why.data);
+        pause_failed(vm, status, why.failed ? "out of memory" : why.data, "");
     } else if (vm->resuming) {
         vm->vmm->ops->pause(vm->vmm, false, pause_resumed);
     } else {

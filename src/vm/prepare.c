@@ -248,29 +248,13 @@ static int creation_refuse(struct creation *c, int status, const char *why) {
     return status;
 }
 
-/* What this backend can make of the image and the settings. */
-static int creation_check_vmm(const struct creation *c, const struct vmm_ops *backend,
-                              const struct image *image, char **ret_why) {
-    cleanup_buf struct buf boot_args = {0};
-    struct vmm_config vmm;
-    if ((backend->traits & VMM_VSOCK) && !image->vsock_port) { /* "auto" passes it over */
-        int r = vmm_find(c->config.backend, false, &backend, ret_why);
-        if (r < 0)
-            return r;
-        free(*ret_why);
-        *ret_why = NULL;
-    }
-    boot_configure(&c->d->settings, &c->config, image, &boot_args, &vmm);
-    return boot_args.failed ? -ERR_NO_MEMORY : vmm_check_config(backend, &vmm, ret_why);
-}
-
 /* What its backend needs. */
 static int creation_check_backend(const struct creation *c, char **ret_why) {
     const struct vm_config *config = &c->config;
     const struct vmm_ops *backend;
     cleanup_buf struct buf host_key = {0};
     struct image image;
-    int r = vmm_find(config->backend, true, &backend, ret_why);
+    int r = vmm_find(config->backend, NULL, &backend, ret_why);
     if (r < 0)
         return r;
     free(*ret_why); /* why this one */
@@ -289,8 +273,12 @@ static int creation_check_backend(const struct creation *c, char **ret_why) {
     if (r == 0)
         r = image_check_disk(&image, config->image, config->disk, ret_why);
     if (r == 0)
-        r = creation_check_vmm(c, backend, &image, ret_why);
+        r = boot_find_backend(&c->d->settings, config, &image, &backend, ret_why);
     image_close(&image);
+    if (r == 0) {
+        free(*ret_why);
+        *ret_why = NULL;
+    }
     return r;
 }
 

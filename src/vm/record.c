@@ -80,8 +80,8 @@ static json_t *record_make(struct vm *vm) {
         machine_save(vm, record);
     if (record)
         record_save_looks(vm, record);
-    if (record && vm->template)
-        json_object_set_new(record, "template", json_string(vm->template));
+    if (record && vm->warm.template)
+        json_object_set_new(record, "template", json_string(vm->warm.template));
     if (record && vm->ephemeral)
         json_object_set_new(record, "ephemeral", json_true());
     if (record && vm->running_since.tv_sec)

@@ -193,7 +193,7 @@ static void record_give_up(struct vm *vm, const char *why) {
 static void record_resume(struct vm *vm, const json_t *record, int state) {
     const struct vmm_ops *ops = vm->backend;
     if (record_text(record, "template"))
-        vm->template = strdup(record_text(record, "template"));
+        vm->warm.template = strdup(record_text(record, "template"));
     vm->attached = json_is_true(json_object_get(record, "attached"));
     if (!ops->existing)
         vm->adopted_at = vars_generation(vm->vars) + 1;
@@ -247,7 +247,7 @@ static int record_adopt(struct vm *vm, const json_t *record, int state, char **r
         record_give_up(vm, strerror(-r));
     if (r < 0)
         return 0;
-    vmm_find(backend, true, &found,
+    vmm_find(backend, NULL, &found,
              &vm->backend_note); /* it runs, whatever that says: for `info` */
     record_resume(vm, record, state);
     return 0;

@@ -11,6 +11,7 @@
 #include "vm/command.h"
 #include "vm/control.h"
 #include "vm/job.h"
+#include "vm/machine.h"
 #include "vm/orphans.h"
 #include "vm/scratch.h"
 #include "vm/vars.h"
@@ -248,7 +249,7 @@ static void vm_removed(uv_work_t *work, int status) {
 }
 
 void vm_destroy_step(struct vm *vm) {
-    if (!vm->gone || vm->vmm || vm->boot || vm->saving || vm->destroying)
+    if (!vm->gone || vm->vmm || vm->boot || vm->saving || vm->destroying || vm->commands_ended)
         return;
     struct vm_removal *removal = calloc(1, sizeof *removal);
     vm->destroying = true;
@@ -260,6 +261,12 @@ void vm_destroy_step(struct vm *vm) {
     removal->vm = vm;
     removal->work.data = removal;
     uv_queue_work(vm->daemon->loop, &removal->work, vm_remove_files, vm_removed);
+}
+
+static void vm_destroy_end(struct vm *vm) {
+    vm_disconnect(vm, -ERR_GONE, "the VM is gone");
+    vm_set_state(vm, VM_STOPPED);
+    vm_destroy_step(vm);
 }
 
 void vm_destroy(struct vm *vm, struct vm_wait *wait) {
@@ -287,7 +294,5 @@ void vm_destroy(struct vm *vm, struct vm_wait *wait) {
         vm->dir = trash;
         trash = NULL;
     }
-    vm_disconnect(vm, -ERR_GONE, "the VM is gone");
-    vm_set_state(vm, VM_STOPPED);
-    vm_destroy_step(vm);
+    machine_end_commands(vm, vm_destroy_end);
 }

@@ -2,6 +2,7 @@
 #include <sys/un.h>
 
 #include "ssh/ssh.h"
+#include "util/cleanup.h"
 #include "vm/target.h"
 #include "vm/vm.h"
 
@@ -34,14 +35,42 @@ static bool ssh_config_print_place(const struct vm *vm, const struct ssh_target 
     return true;
 }
 
-bool vm_ssh_config(const struct vm *vm, struct buf *out) {
+/* Why there is no address, and what to do about it. */
+static const char *ssh_config_explain(const struct vm *vm) {
+    switch (vm->state) {
+    case VM_BOOTING:
+        return "`echo running > status` waits until it runs";
+    case VM_STOPPING:
+    case VM_STOPPED:
+        return "`echo running > status` starts it";
+    case VM_FAILED:
+        return "its `error` says why, `echo running > status` starts it again";
+    default:
+        return "its `error` says more";
+    }
+}
+
+/* An empty file would have ssh look for a host of this name elsewhere, and perhaps find one. */
+static void ssh_config_print_nowhere(const struct vm *vm, struct buf *out) {
+    cleanup_buf struct buf words = {0};
+    buf_printf(&words, "vmsfs: %s is %s: %s", vm->id, vm_state_name(vm->state),
+               ssh_config_explain(vm));
+    buf_append_str(out, "    ProxyCommand sh -c 'echo \"$1\" >&2; exit 1' sh ");
+    ssh_config_quote(words.data ? words.data : "", out);
+    buf_append_str(out, "\n    LogLevel QUIET\n"); /* these words alone */
+}
+
+void vm_ssh_config(const struct vm *vm, struct buf *out) {
     struct ssh_target target;
-    if (!vm_target(vm, &target) || !target.host_key_length)
-        return false;
+    cleanup_buf struct buf place = {0};
     buf_printf(out, "Host %s\n", vm->id);
-    if (!ssh_config_print_place(vm, &target, out))
-        return false;
+    if (!vm_target(vm, &target) || !target.host_key_length ||
+        !ssh_config_print_place(vm, &target, &place) || place.failed) {
+        ssh_config_print_nowhere(vm, out);
+        return;
+    }
     buf_printf(out,
+               "%s"
                "    User %s\n"
                "    HostKeyAlias %s\n"
                "    IdentityFile \"%s\"\n"
@@ -49,6 +78,5 @@ bool vm_ssh_config(const struct vm *vm, struct buf *out) {
                "    UserKnownHostsFile \"%s/known_hosts\"\n"
                "    StrictHostKeyChecking yes\n"
                "    LogLevel ERROR\n",
-               vm->user, vm->id, target.key_path, vm->dir);
-    return !out->failed;
+               place.data, vm->user, vm->id, target.key_path, vm->dir);
 }

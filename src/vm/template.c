@@ -11,15 +11,17 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #include "util/cleanup.h"
 #include "util/fs.h"
 #include "util/log.h"
 #include "util/number.h"
 
-#define TEMPLATE_VERSION 1
+#define TEMPLATE_VERSION 2
 #define TEMPLATE_JSON_LIMIT 65536
-#define TEMPLATE_STATE_LIMIT (64 << 20)
+#define TEMPLATE_CHUNK 65536 /* of what is read at once */
+#define TEMPLATE_CONTENT 40  /* of the text for a file's content */
 #define TEMPLATE_NEW ".new-" /* before the name, while it is made */
 #define TEMPLATE_BLOCK 512   /* of st_blocks */
 #define TEMPLATE_ROOM 2      /* times its memory has to be free on the disk */
@@ -101,28 +103,41 @@ void template_remove(const struct template *t) {
         log_error("cannot remove %s: %s", t->dir, strerror(errno));
 }
 
-/* A file as it is to be found again. Its time tells of everybody who writes to it. */
-static json_t *template_file_save(const char *path, struct stat *ret_st) {
-    if (lstat(path, ret_st) < 0 || !S_ISREG(ret_st->st_mode))
-        return NULL;
-    return json_pack("{s:I, s:I, s:I}", "size", (json_int_t)ret_st->st_size, "seconds",
-                     (json_int_t)ret_st->st_mtim.tv_sec, "nanoseconds",
-                     (json_int_t)ret_st->st_mtim.tv_nsec);
+static bool is_zero(const unsigned char *data, size_t length) {
+    return !data[0] && memcmp(data, data + 1, length - 1) == 0;
 }
 
-static const char *template_file_check(const char *path, const json_t *saved) {
+/* The checksum of a file that is full of holes: of all that is not zero, and where that is. */
+static int file_sum(int fd, uLong *ret_sum) {
+    unsigned char chunk[TEMPLATE_CHUNK];
+    uLong sum = crc32_z(0, NULL, 0);
+    posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL);
+    for (off_t at = 0; (at = lseek(fd, at, SEEK_DATA)) >= 0; at += TEMPLATE_CHUNK) {
+        at -= at % TEMPLATE_CHUNK;
+        ssize_t n = pread(fd, chunk, sizeof chunk, at);
+        if (n < 0)
+            return -errno;
+        if (n == 0 || is_zero(chunk, (size_t)n))
+            continue;
+        sum = crc32_z(sum, (const unsigned char *)&at, sizeof at);
+        sum = crc32_z(sum, chunk, (size_t)n);
+    }
+    if (errno != ENXIO) /* else the end was reached */
+        return -errno;
+    *ret_sum = sum;
+    return 0;
+}
+
+/* A file as it is to be found again: its size and its checksum. Reads all of it. */
+static int template_describe_content(const char *path, char text[TEMPLATE_CONTENT]) {
     struct stat st;
-    json_t *now = template_file_save(path, &st);
-    bool same = now && json_equal(now, saved);
-    json_decref(now);
-    return same ? NULL : "is not as it was made";
-}
-
-static int template_hash_state(const struct template *t, char *ret_text, size_t size) {
-    cleanup_buf struct buf state = {0};
-    int r = fs_read(t->state, TEMPLATE_STATE_LIMIT, &state);
+    uLong sum;
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0 || fstat(fd, &st) < 0)
+        return -errno;
+    int r = S_ISREG(st.st_mode) ? file_sum(fd, &sum) : -EINVAL;
     if (r == 0)
-        snprintf(ret_text, size, "%016" PRIx64, number_hash(state.data, state.len));
+        snprintf(text, TEMPLATE_CONTENT, "%lld %08lx", (long long)st.st_size, sum);
     return r;
 }
 
@@ -142,17 +157,21 @@ static bool text_is(const json_t *json, const char *name, const char *text) {
     return found && strcmp(found, text) == 0;
 }
 
+static bool template_file_is(const char *path, const json_t *json, const char *name) {
+    char content[TEMPLATE_CONTENT];
+    return template_describe_content(path, content) == 0 && text_is(json, name, content);
+}
+
 /* NULL, or what is wrong with it. */
 static const char *template_check(const struct template *t, const json_t *json,
                                   const struct template_key *key) {
-    char hash[32];
     if (!json || json_integer_value(json_object_get(json, "version")) != TEMPLATE_VERSION)
         return "its template.json cannot be read";
     if (!text_is(json, "image", key->image.data) || !text_is(json, "machine", key->machine.data))
         return "it is of another image or configuration";
-    if (template_file_check(t->ram, json_object_get(json, "ram")))
+    if (!template_file_is(t->ram, json, "ram"))
         return "the file of its memory is not as it was made";
-    if (template_hash_state(t, hash, sizeof hash) < 0 || !text_is(json, "state", hash))
+    if (!template_file_is(t->state, json, "state"))
         return "its state is not as it was made";
     return NULL;
 }
@@ -302,19 +321,19 @@ static void template_remove_logs(const struct template *t) {
 
 static int template_save(const struct template *t, const struct template_key *key) {
     cleanup_free char *path = NULL, *text = NULL;
-    char hash[32];
-    struct stat st;
+    char ram[TEMPLATE_CONTENT], state[TEMPLATE_CONTENT];
     int r = file_sync(t->ram);
     if (r == 0)
         r = file_sync(t->state);
     if (r == 0)
-        r = template_hash_state(t, hash, sizeof hash);
+        r = template_describe_content(t->ram, ram);
+    if (r == 0)
+        r = template_describe_content(t->state, state);
     if (r < 0)
         return r;
-    json_t *json =
-        json_pack("{s:i, s:s, s:s, s:s, s:o, s:s}", "version", TEMPLATE_VERSION, "image_path",
-                  key->image_path, "image", key->image.data, "machine", key->machine.data, "ram",
-                  template_file_save(t->ram, &st), "state", hash);
+    json_t *json = json_pack("{s:i, s:s, s:s, s:s, s:s, s:s}", "version", TEMPLATE_VERSION,
+                             "image_path", key->image_path, "image", key->image.data, "machine",
+                             key->machine.data, "ram", ram, "state", state);
     text = json ? json_dumps(json, JSON_INDENT(2)) : NULL;
     json_decref(json);
     if (!text || asprintf(&path, "%s/template.json", t->dir) < 0)
@@ -322,18 +341,23 @@ static int template_save(const struct template *t, const struct template_key *ke
     return fs_replace(path, 0600, text, strlen(text));
 }
 
-int template_finish(const char *state_dir, const struct template *t,
-                    const struct template_key *key) {
-    cleanup_free char *path = template_path(state_dir, key);
+int template_finish(const char *state_dir, struct template *t, const struct template_key *key) {
+    struct template named;
+    int r = template_init(&named, template_path(state_dir, key));
+    if (r < 0)
+        return r;
     template_remove_logs(t);
-    int r = path ? template_save(t, key) : -ENOMEM;
+    r = template_save(t, key);
     if (r == 0)
-        r = fs_remove_all(path); /* one that was damaged meanwhile */
-    if (r == 0 && rename(t->dir, path) < 0)
+        r = fs_remove_all(named.dir); /* one that was damaged meanwhile */
+    if (r == 0 && rename(t->dir, named.dir) < 0)
         r = -errno;
-    if (r == 0)
-        templates_bound(state_dir, key, TEMPLATES_MOST, TEMPLATES_BYTES);
-    return r;
+    template_close(r == 0 ? t : &named);
+    if (r < 0)
+        return r;
+    *t = named;
+    templates_bound(state_dir, key, TEMPLATES_MOST, TEMPLATES_BYTES);
+    return 0;
 }
 
 void templates_clear(const char *state_dir, unsigned (*each)(const char *dir)) {

@@ -14,6 +14,11 @@
  * with the configuration. A template whose key is another today is not used, and goes when a newer
  * one of that image comes. Of all, the TEMPLATES_MOST used last are kept, in TEMPLATES_BYTES.
  *
+ * Each start reads both files and compares their checksums, so damage of any kind is seen, unless
+ * it comes later than that: who has started from a template reads its memory from the file for as
+ * long as he lives. The checksum (CRC-32, of what is not zero) is against accidents; who can write
+ * to the state directory can do as he likes anyway.
+ *
  * A template holds nothing of a VM, see contrib/guest/README.md, and nothing changes it once it is
  * there: it appears by rename. Everything here blocks: it is for the thread pool, and for start-up.
  */
@@ -50,9 +55,9 @@ int template_open(const char *state_dir, const struct template_key *key, struct 
  * `memory` MiB; variables and guests' disks come first. */
 int template_begin(const char *state_dir, unsigned memory, struct template *ret);
 
-/* It is complete: gives it its name, and removes those that are too many. */
-int template_finish(const char *state_dir, const struct template *t,
-                    const struct template_key *key);
+/* It is complete: gives it its name, which `t` has from then on, and removes those that are too
+ * many. */
+int template_finish(const char *state_dir, struct template *t, const struct template_key *key);
 
 void template_remove(const struct template *t);
 

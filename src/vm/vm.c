@@ -77,8 +77,7 @@ void vm_unref(struct vm *vm) {
     free(vm->dir);
     config_free(&vm->config);
     free(vm->backend_note);
-    warm_forget(vm);
-    free(vm->bad_template);
+    warm_free_vm(vm);
     free(vm->user);
     free(vm->removers);
     for (size_t i = 0; i < CONFIG_SETTINGS; i++)
@@ -100,7 +99,8 @@ static __attribute__((format(printf, 3, 0))) void vm_fail_list(struct vm *vm, co
                                                                const char *format, va_list args) {
     struct buf text = {0};
     buf_vprintf(&text, format, args);
-    log_warn("%s: %s", vm->id, text.failed ? "out of memory" : text.data);
+    log_warn("%s: %s%s", vm->id, text.failed ? "out of memory" : text.data,
+             quote[0] ? "(in its `error`)" : "");
     buf_append_str(&text, quote);
     vm_set_error(vm, &text);
 }
@@ -168,7 +168,8 @@ int vm_check_running(struct vm *vm) {
     case VM_RUNNING:
         return 0;
     case VM_UNREACHABLE:
-        return -ERR_UNREACHABLE; /* `error` says since when and why */
+        return vm_fail(vm, -ERR_UNREACHABLE, "%s does not answer: %s; it is tried again", vm->id,
+                       machine_trouble(vm));
     case VM_BOOTING:
         return vm_refuse(vm, "`echo running > status` waits until it runs");
     case VM_PAUSED:
@@ -193,6 +194,7 @@ bool vm_target(const struct vm *vm, struct ssh_target *ret_target) {
         .address = endpoint.address,
         .address_length = endpoint.length,
         .vsock_port = endpoint.vsock_port,
+        .peer = endpoint.peer,
         .user = vm->user,
         .key_path = machine_key_path(vm),
         .host_key = (const uint8_t *)(vm->host_key.data ? vm->host_key.data : ""),
@@ -211,7 +213,7 @@ void vm_announce(struct vm *vm) {
     if (!vm->running_since.tv_sec)
         clock_gettime(CLOCK_REALTIME, &vm->running_since);
     vm_use(vm);
-    warm_want(vm);
+    warm_succeed(vm);
     vm_set_state(vm, VM_RUNNING);
     vars_resume(vm->vars);
     if (vm->pause_wanted && vm_pause(vm) < 0)
@@ -261,6 +263,8 @@ void vm_guest_lost(struct vm *vm, int status, const char *why) {
     vars_detach(vm->vars, status);
     if (vm->gone || vm->state != VM_RUNNING)
         return;
+    buf_clear(&vm->trouble);
+    buf_append_str(&vm->trouble, why);
     vm_fail(vm, status, "%s does not answer: %s; it is tried again", vm->id, why);
     vm_set_state(vm, VM_UNREACHABLE);
     commands_stop(vm->commands, status, why);
@@ -285,16 +289,48 @@ static void vm_vmm_ready(void *arg) {
     }
     if (vm->attached && vm->vmm->ops->pause)
         vm->vmm->ops->pause(vm->vmm, false, NULL);
-    control_start(vm->control, vm->template && vm->console_watch);
+    control_start(vm->control, vm->warm.template && vm->console_watch);
 }
 
-static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
+static bool vm_has_kvm(const struct vm *vm) {
+    json_t *info = json_object();
+    vm->vmm->ops->describe(vm->vmm, info);
+    const char *accelerator = json_string_value(json_object_get(info, "accelerator"));
+    bool kvm = accelerator && strcmp(accelerator, "kvm") == 0;
+    json_decref(info);
+    return kvm;
+}
+
+/* It can be there, and boot nothing: nested, or in a sandbox. */
+#define VM_WITHOUT_KVM                                                                             \
+    "; if KVM is at fault, guests are emulated without it: VMSFS_KVM=no in the daemon's "          \
+    "environment, with auto or qemu in config/backend"
+
+/* What ended a boot. `words` are the VMM's, "" if it has said nothing; else the guest may have. */
+static void vm_tell_failed_boot(struct vm *vm, bool powered_off, bool kvm, const char *why,
+                                const char *words) {
+    cleanup_buf struct buf quote = {0}, names = {0};
+    buf_append_str(&quote, words);
+    config_name_quoted(&vm->config, words, &names);
+    if (powered_off && !quote.len)
+        console_last_words(vm, &quote);
+    /* It has ended without a word of the guest's, or says so itself. */
+    bool suspect = kvm && ((powered_off && !quote.len) || strcasestr(words, "kvm"));
+    vm_fail_quoting(vm, -ERR_GONE, quote.len ? quote.data : "",
+                    "%s did not boot: %s%s%s; see its console%s%s", vm->id, why,
+                    names.len ? ", and has words for " : "", names.len ? names.data : "",
+                    suspect ? VM_WITHOUT_KVM : "", quote.len ? ". It said: " : "");
+}
+
+static void vm_vmm_exited(void *arg, enum vmm_end end, const char *why, const char *words) {
     struct vm *vm = arg;
     enum vm_state was = vm->state;
+    bool powered_off = end == VMM_POWERED_OFF;
+    bool kvm = vm_has_kvm(vm);
     vm->vmm->ops->release(vm->vmm);
     vm->vmm = NULL;
     vm->attached = false;
-    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, why))) {
+    if (!vm->gone && !(was == VM_BOOTING && warm_fall_back(vm, end, why))) {
         if (was == VM_FAILED || was == VM_STOPPED) {
             log_info("%s: cleared away: %s", vm->id, why); /* why it failed has been said */
         } else if (was == VM_STOPPING || (powered_off && was != VM_BOOTING)) {
@@ -304,16 +340,12 @@ static void vm_vmm_exited(void *arg, bool powered_off, const char *why) {
                         "%s has powered itself off; `echo running > status` starts it", vm->id);
             vm_set_state(vm, VM_STOPPED);
         } else {
-            cleanup_buf struct buf words = {0};
-            if (powered_off)
-                console_last_words(vm, &words);
             if (was == VM_BOOTING)
-                vm_fail_quoting(vm, -ERR_GONE, words.len ? words.data : "",
-                                "%s did not boot: %s; see its console%s", vm->id, why,
-                                words.len ? ". It said: " : "");
+                vm_tell_failed_boot(vm, powered_off, kvm, why, words);
             else
-                vm_fail(vm, -ERR_GONE, "%s has ended: %s; `echo running > status` starts it again",
-                        vm->id, why);
+                vm_fail_quoting(vm, -ERR_GONE, words,
+                                "%s has ended: %s; `echo running > status` starts it again%s",
+                                vm->id, why, words[0] ? ". It said: " : "");
             vm_disconnect(vm, -ERR_GONE, why);
             vm_set_state(vm, VM_FAILED);
         }
@@ -353,8 +385,8 @@ static void vm_boot_overdue(uv_timer_t *timer) {
         vm_fail(vm, -ERR_TIMED_OUT,
                 "%s could not be reached by SSH within %u s of its boot; see its console, or give "
                 "it more "
-                "time with -o boot_timeout=SECONDS or config/boot_timeout",
-                vm->id, vm->config.boot_timeout);
+                "time with -o boot_timeout=SECONDS or config/boot_timeout%s",
+                vm->id, vm->config.boot_timeout, vm->vmm && vm_has_kvm(vm) ? VM_WITHOUT_KVM : "");
     vm_boot_failed(vm);
 }
 
@@ -427,7 +459,7 @@ static void vm_boot_prepared(struct vm *vm, struct vm_boot_result *result) {
     warm_take_boot(vm, result);
     if (r == 0)
         r = vm_create_vmm(vm, result);
-    if (r < 0 && warm_fall_back(vm, strerror(-r)))
+    if (r < 0 && warm_fall_back(vm, VMM_HINDERED, strerror(-r)))
         return;
     if (r < 0) {
         vm_fail(vm, r, "%s cannot boot: starting %s failed: %s", vm->id, vm->backend->name,
@@ -458,8 +490,8 @@ void vm_watch_boot(struct vm *vm) {
 
 int vm_boot(struct vm *vm) {
     vm->attached = false;
-    warm_forget(vm); /* what is known of the last boot */
-    if (!machine_is_existing(vm))
+    warm_forget(vm);                            /* what is known of the last boot */
+    if (!vm->backend || !vm->backend->existing) /* else they still run there */
         orphans_clear(vm->orphans);
     vm->boot_started = uv_now(vm->daemon->loop);
     if (machine_is_nowhere(
@@ -491,7 +523,7 @@ json_t *vm_info(const struct vm *vm) {
     json_object_set_new(info, "created", json_integer(vm->created.tv_sec));
     json_object_set_new(info, "booted_ms",
                         vm->booted_ms ? json_integer((json_int_t)vm->booted_ms) : json_null());
-    json_object_set_new(info, "warm", json_boolean(vm->template != NULL));
+    json_object_set_new(info, "warm", json_boolean(vm->warm.template != NULL));
     if (vm->vmm)
         vm->vmm->ops->describe(vm->vmm, info);
     vars_describe(vm->vars, info);

@@ -95,17 +95,21 @@ struct vm {
         uint64_t removed; /* uv_now() when it was last unlinked; 0: it is there */
         char *text;       /* as it was written, if that is not how it would be printed; or NULL */
     } config_files[CONFIG_SETTINGS];
-    const struct vmm_ops *backend;       /* what it runs in, or ran in last; NULL: nothing yet */
-    char *template;                      /* it was started from; owned; NULL: it booted cold */
-    char *bad_template;                  /* to be removed with its next boot; owned, or NULL */
-    struct warm_plan *warm_plan;         /* of its boot, see vm/warm.h; owned, or NULL */
+    const struct vmm_ops *backend; /* what it runs in, or ran in last; NULL: nothing yet */
+    struct vm_warm {               /* see vm/warm.h */
+        char *template;            /* it was started from; owned; NULL: it booted cold */
+        char *bad_template;        /* to be removed with its next boot; owned, or NULL */
+        bool cold;                 /* that boot uses none */
+        bool overdue;              /* it has not answered in time, and is being ended */
+        struct warm_plan *plan;    /* of its boot; owned, or NULL */
+    } warm;
     char *backend_note;                  /* why that: vmm_ops.check() */
     struct vm_boot *boot;                /* preparation under way (vm/boot.c), or NULL */
     struct console_watch *console_watch; /* while booting (vm/console.c), or NULL */
     struct buf host_key;                 /* public key blob that the guest must show */
     bool host_key_learned;               /* it is what an existing machine has shown first */
     bool met;                            /* an existing machine has had the variables before */
-    struct buf trouble;                  /* why an existing machine has not answered */
+    struct buf trouble;                  /* why the guest has not answered */
     char *user;                          /* whom to log in as */
 
     const struct guest_ops *guest;
@@ -125,7 +129,7 @@ struct vm {
     struct jobs *jobs;                        /* the commands of jobs/ */
     uint64_t last_scratch;                    /* numbers of temporary files */
 
-    uv_timer_t *timer;      /* boot deadline */
+    uv_timer_t *timer;      /* boot deadline; see machine_end_commands(), too */
     uv_timer_t *save_timer; /* see vm_save_soon() */
     struct list ending;     /* in daemon->ending, once it is gone */
     bool pausing;           /* the VMM has been asked, or will be (vm/pause.c) */
@@ -145,8 +149,10 @@ struct vm {
         uint64_t since; /* uv_now() */
     } * removers;
     size_t remover_count;
-    bool ephemeral;  /* it ends with the mount that made it */
-    bool destroying; /* rmdir has begun */
+    bool ephemeral;                        /* it ends with the mount that made it */
+    bool destroying;                       /* rmdir has begun */
+    void (*commands_ended)(struct vm *vm); /* see machine_end_commands(); NULL: nobody waits */
+    uint64_t commands_deadline;            /* uv_now() */
     bool attached;   /* the guest of this boot has been heard: its file is the truth */
     bool announcing; /* running as soon as the record says that it is attached */
     bool saving, save_again;
@@ -218,8 +224,8 @@ void vm_guest_lost(struct vm *vm, int status, const char *why);
 /* `info`: one JSON object; the caller owns it. */
 json_t *vm_info(const struct vm *vm);
 
-/* `ssh_config`: false while there is no address. */
-bool vm_ssh_config(const struct vm *vm, struct buf *out);
+/* `ssh_config`: while there is no address, one that has ssh say why, and fail. */
+void vm_ssh_config(const struct vm *vm, struct buf *out);
 
 /* Writes the VM's record (vm.json) soon, off the loop. */
 void vm_save(struct vm *vm);

@@ -119,6 +119,12 @@ static void vm_stop_refused(struct vm *vm, int status) {
             vm->id, error_text(status));
 }
 
+static void vm_stop_vmm(struct vm *vm) {
+    if (vm->vmm)
+        vm->vmm->ops->stop(vm->vmm, machine_is_existing(vm) ? 0 : vm->config.stop_timeout * 1000,
+                           VM_QUIT_MS);
+}
+
 /* The record says so, and has what the guest was given last: a later daemon would attach a machine
  * again, and find a guest gone with its memory. */
 void vm_stop_saved(struct vm_wait *wait, int status) {
@@ -129,8 +135,7 @@ void vm_stop_saved(struct vm_wait *wait, int status) {
         vm_stop_refused(vm, status);
         return;
     }
-    vm->vmm->ops->stop(vm->vmm, machine_is_existing(vm) ? 0 : vm->config.stop_timeout * 1000,
-                       VM_QUIT_MS);
+    machine_end_commands(vm, vm_stop_vmm);
 }
 
 /* It was to be paused as soon as it runs, and somebody wants something else now. */

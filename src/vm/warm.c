@@ -10,7 +10,6 @@
 #include "util/errors.h"
 #include "util/log.h"
 #include "vm/boot.h"
-#include "vmm/vmm.h"
 
 /* A start from a template that has not come so far within half of boot_timeout, but at most this,
  * is given up. It takes a second or two, on a machine that is very busy ten. */
@@ -21,9 +20,23 @@
 
 #define WARM_PLANS_MOST 4 /* that wait to be made */
 
+/* A VM that boots keeps a template from being made, whose guest would get no CPU beside it; but
+ * what boots for longer than this most likely waits for something and needs none. */
+#define WARM_BUSY_MS 15000
+
+/* Where one VM after the other boots, a template is made after so long all the same. */
+#define WARM_WAIT_MOST_MS 30000
+
+/* A template from which the last start has failed, and may do so no more. */
+struct warm_doubt {
+    struct list link;
+    char *template; /* owned; its folder */
+};
+
 struct warm {
     struct daemon *daemon;
-    struct list plans; /* of warm_plan */
+    struct list doubts; /* of warm_doubt */
+    struct list plans;  /* of warm_plan */
     unsigned count;
     struct warm_plan *plan;   /* what is being made; NULL: nothing */
     struct template template; /* its files, under another name */
@@ -91,31 +104,45 @@ struct warm_plan *warm_plan_new(const struct vmm_ops *backend, const struct vmm_
 /* ---- a VM that boots ---- */
 
 void warm_forget(struct vm *vm) {
-    warm_plan_free(vm->warm_plan);
-    free(vm->template);
-    vm->warm_plan = NULL;
-    vm->template = NULL;
+    warm_plan_free(vm->warm.plan);
+    free(vm->warm.template);
+    vm->warm.plan = NULL;
+    vm->warm.template = NULL;
+    vm->warm.overdue = false;
+}
+
+void warm_free_vm(struct vm *vm) {
+    warm_forget(vm);
+    free(vm->warm.bad_template);
+}
+
+void warm_begin_boot(struct vm *vm, char **ret_bad_template, bool *ret_cold) {
+    *ret_bad_template = vm->warm.bad_template;
+    *ret_cold = vm->warm.cold;
+    vm->warm.bad_template = NULL;
+    vm->warm.cold = false;
 }
 
 void warm_take_boot(struct vm *vm, struct vm_boot_result *result) {
     warm_forget(vm);
-    vm->warm_plan = result->plan;
+    vm->warm.plan = result->plan;
     result->plan = NULL;
     if (!result->template.dir)
         return;
-    vm->template = strdup(result->template.dir);
+    vm->warm.template = strdup(result->template.dir);
     vm_watch_boot(vm);
 }
 
 unsigned warm_time(const struct vm *vm) {
     unsigned half = vm->config.boot_timeout * 500;
-    return !vm->template ? 0 : half < WARM_MOST_MS ? half : WARM_MOST_MS;
+    return !vm->warm.template ? 0 : half < WARM_MOST_MS ? half : WARM_MOST_MS;
 }
 
 void warm_overdue(uv_timer_t *timer) {
     struct vm *vm = timer->data;
     log_warn("%s: a guest that was started from a template has not answered for %u ms: it is ended",
              vm->id, warm_time(vm));
+    vm->warm.overdue = true;
     vm->vmm->ops->kill(vm->vmm); /* warm_fall_back() follows */
 }
 
@@ -124,17 +151,78 @@ static void warm_note_failure(struct warm *warm, const struct template_key *key)
     warm->failed_at = template_key_copy(&warm->failed, key) == 0 ? uv_now(warm->daemon->loop) : 0;
 }
 
-bool warm_fall_back(struct vm *vm, const char *why) {
-    uint64_t started = vm->boot_started;
-    if (!vm->template || vm->gone || vm->state != VM_BOOTING)
+/* ---- doubts ---- */
+
+static struct warm_doubt *warm_find_doubt(struct warm *warm, const char *template) {
+    for (struct list *l = warm->doubts.next; l != &warm->doubts; l = l->next) {
+        struct warm_doubt *doubt = LIST_OWNER(l, struct warm_doubt, link);
+        if (strcmp(doubt->template, template) == 0)
+            return doubt;
+    }
+    return NULL;
+}
+
+static void warm_free_doubt(struct warm_doubt *doubt) {
+    list_remove(&doubt->link);
+    free(doubt->template);
+    free(doubt);
+}
+
+/* It has given a VM that runs, or it is another one. */
+static void warm_trust(struct warm *warm, const char *template) {
+    struct warm_doubt *doubt = template ? warm_find_doubt(warm, template) : NULL;
+    if (doubt)
+        warm_free_doubt(doubt);
+}
+
+/* Returns true if there was doubt already, and forgets it. */
+static bool warm_doubt(struct warm *warm, const char *template) {
+    struct warm_doubt *doubt = warm_find_doubt(warm, template);
+    if (doubt) {
+        warm_free_doubt(doubt);
+        return true;
+    }
+    doubt = calloc(1, sizeof *doubt);
+    if (!doubt || !(doubt->template = strdup(template))) {
+        free(doubt);
         return false;
-    log_warn("%s: the template %s is no good (%s): it is removed, and the VM boots cold", vm->id,
-             vm->template, why);
-    if (vm->warm_plan)
-        warm_note_failure(vm->daemon->warm, &vm->warm_plan->key);
-    free(vm->bad_template);
-    vm->bad_template = vm->template;
-    vm->template = NULL;
+    }
+    list_append(&warm->doubts, &doubt->link);
+    return false;
+}
+
+/* What this end says of the template: NULL, nothing; else words. *ret_bad: that it has to go.
+ * Nobody can tell a guest that does not come up because of its template from one that has no CPU,
+ * so it takes two of them; and one that was not given the time to says nothing. */
+static const char *warm_judge(struct vm *vm, enum vmm_end end, bool *ret_bad) {
+    *ret_bad = end == VMM_REFUSED;
+    if (end == VMM_REFUSED)
+        return "; the template is no good, and is removed";
+    if (end == VMM_HINDERED || (vm->warm.overdue && warm_time(vm) < WARM_MOST_MS))
+        return "; that says nothing about the template, which stays";
+    *ret_bad = warm_doubt(vm->daemon->warm, vm->warm.template);
+    return *ret_bad ? ", as has the one before it: the template is removed"
+                    : "; the template stays, unless the next start from it fails too";
+}
+
+bool warm_fall_back(struct vm *vm, enum vmm_end end, const char *why) {
+    struct vm_warm *warm = &vm->warm;
+    uint64_t started = vm->boot_started;
+    bool bad;
+    if (!warm->template || vm->gone || vm->state != VM_BOOTING)
+        return false;
+    const char *words = warm_judge(vm, end, &bad);
+    log_warn("%s boots cold: its start from the template %s has failed (%s%s)%s", vm->id,
+             warm->template, warm->overdue ? "no answer in time; " : "", why, words);
+    if (bad) {
+        if (warm->plan)
+            warm_note_failure(vm->daemon->warm, &warm->plan->key);
+        free(warm->bad_template);
+        warm->bad_template = warm->template;
+        warm->template = NULL;
+    }
+    warm_forget(vm);
+    warm->cold = true;
     vm_disconnect(vm, -ERR_GONE, "the VM boots anew");
     if (vm_boot(vm) < 0)
         return false;
@@ -159,15 +247,17 @@ static bool warm_has_failed(const struct warm *warm, const struct template_key *
            template_key_equals(&warm->failed, key);
 }
 
-void warm_want(struct vm *vm) {
+void warm_succeed(struct vm *vm) {
     struct warm *warm = vm->daemon->warm;
-    struct warm_plan *plan = vm->warm_plan;
-    vm->warm_plan = NULL;
-    if (!plan || vm->template || warm->count == WARM_PLANS_MOST ||
+    struct warm_plan *plan = vm->warm.plan;
+    vm->warm.plan = NULL;
+    warm_trust(warm, vm->warm.template);
+    if (!plan || vm->warm.template || warm->count == WARM_PLANS_MOST ||
         warm_is_planned(warm, &plan->key) || warm_has_failed(warm, &plan->key)) {
         warm_plan_free(plan);
         return;
     }
+    plan->since = uv_now(warm->daemon->loop);
     list_append(&warm->plans, &plan->link);
     warm->count++;
 }
@@ -197,6 +287,7 @@ static void warm_ended(uv_work_t *work, int canceled) {
     struct warm *warm = work->data;
     (void)canceled;
     if (warm->status == 0) {
+        warm_trust(warm, warm->template.dir);
         log_info("a template of %s is there: its next VMs start from it",
                  warm->plan->key.image_path);
     } else {
@@ -250,10 +341,14 @@ static void warm_make(struct warm *warm, struct warm_plan *plan) {
     warm_forget_making(warm);
 }
 
-static bool warm_is_busy(struct daemon *d) {
+static bool warm_is_busy(struct daemon *d, const struct warm_plan *plan) {
+    uint64_t now = uv_now(d->loop);
     struct vm *vm;
+    if (now - plan->since > WARM_WAIT_MOST_MS)
+        return false;
     RB_FOREACH(vm, vm_index, &d->vms) {
-        if (vm->state == VM_BOOTING)
+        if (vm->state == VM_BOOTING && !vmm_is_for_existing(vm->config.backend) &&
+            now - vm->boot_started < WARM_BUSY_MS)
             return true;
     }
     return false;
@@ -261,9 +356,12 @@ static bool warm_is_busy(struct daemon *d) {
 
 void warm_keep_house(struct daemon *d) {
     struct warm *warm = d->warm;
-    if (warm->plan || list_is_empty(&warm->plans) || d->closing || warm_is_busy(d))
+    if (warm->plan || list_is_empty(&warm->plans) || d->closing)
         return;
-    struct warm_plan *plan = LIST_OWNER(list_pop(&warm->plans), struct warm_plan, link);
+    struct warm_plan *plan = LIST_OWNER(warm->plans.next, struct warm_plan, link);
+    if (warm_is_busy(d, plan))
+        return;
+    list_remove(&plan->link);
     warm->count--;
     warm_make(warm, plan);
 }
@@ -274,6 +372,7 @@ int warm_open(struct daemon *d) {
     if (!d->warm)
         return -ENOMEM;
     d->warm->daemon = d;
+    list_init(&d->warm->doubts);
     list_init(&d->warm->plans);
     templates_clear(d->settings.state_dir, vmm_end_strays);
     if (asprintf(&socket, "%s/template.qmp", d->settings.runtime_dir) >= 0)
@@ -299,8 +398,11 @@ void warm_close(struct daemon *d) {
 }
 
 void warm_free(struct daemon *d) {
-    if (d->warm)
+    if (d->warm) {
         template_key_free(&d->warm->failed);
+        while (!list_is_empty(&d->warm->doubts))
+            warm_free_doubt(LIST_OWNER(d->warm->doubts.next, struct warm_doubt, link));
+    }
     free(d->warm);
     d->warm = NULL;
 }

@@ -141,7 +141,7 @@ static json_t *attach_save(const struct vmm *vmm) {
 
 static void attach_on_end(uv_timer_t *timer) {
     struct attach *a = timer->data;
-    a->events.exited(a->arg, true, "it was detached");
+    a->events.exited(a->arg, VMM_POWERED_OFF, "it was detached", "");
 }
 
 static void attach_kill(struct vmm *vmm) {

@@ -31,9 +31,13 @@ static json_t *ch_machine(const struct vmm_config *config, const char *vsock) {
     return machine;
 }
 
+static int ch_find_program(char **ret_path) {
+    return host_find_program(CH_PROGRAM, ret_path);
+}
+
 static int ch_plan(const struct vmm_config *config, const char *vsock, struct rest_plan *plan) {
     cleanup_free char *program = NULL;
-    int status = host_find_program(CH_PROGRAM, &program);
+    int status = ch_find_program(&program);
     json_t *machine = ch_machine(config, vsock);
     if (status < 0 || !machine) {
         json_decref(machine);
@@ -89,6 +93,7 @@ const struct vmm_ops cloud_hypervisor_ops = {
     .name = "cloud_hypervisor",
     .traits = VMM_VSOCK | VMM_TAP,
     .check = ch_check,
+    .find_program = ch_find_program,
     .create = ch_create,
     .adopt = ch_adopt,
     .end_strays = ch_end_strays,

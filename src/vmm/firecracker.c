@@ -22,10 +22,13 @@
 #define FC_TITLE "Firecracker"
 #define FC_JAILER "jailer"
 #define FC_LOG "firecracker.log"
-#define FC_CID 3 /* the least that is free; each VMM has its own numbers */
+#define FC_VCPUS_MOST 32 /* vcpu_count in its specification */
+#define FC_CID 3         /* the least that is free; each VMM has its own numbers */
 
 /* A reset is the only way in which a guest can end Firecracker, and the keyboard controller is what
- * resets; the rest spares the kernel from looking for what that controller has not. */
+ * resets; the rest spares the kernel from looking for what that controller has not. In front:
+ * behind a
+ * "--" of the user's it would be init's. */
 #define FC_BOOT_ARGS "reboot=k i8042.noaux i8042.nomux i8042.dumbkbd"
 
 /* Names in the jail. */
@@ -110,27 +113,36 @@ static int fc_fill_jail(const struct vmm_config *config, const char *root,
     return status;
 }
 
+/* The user of the jail; `strings` is where the entry's are. NULL: there is none of this name. */
+#define FC_USER_STRINGS 4096
+static struct passwd *fc_find_user(const struct vmm_config *config, struct passwd *entry,
+                                   char strings[FC_USER_STRINGS]) {
+    struct passwd *user = NULL;
+    return getpwnam_r(config->jail_user, entry, strings, FC_USER_STRINGS, &user) == 0 ? user : NULL;
+}
+
+static void fc_add_misfits_of_jail(const struct vmm_config *config, struct buf *out) {
+    cleanup_free char *jailer = NULL;
+    struct passwd entry;
+    char strings[FC_USER_STRINGS];
+    if (geteuid() != 0)
+        vmm_add_misfit(out, "config/jail_user is set, and only root can jail it (empty it)");
+    else if (host_find_program(FC_JAILER, &jailer) < 0)
+        vmm_add_misfit(out, "config/jail_user is set, and there is no " FC_JAILER
+                            " in PATH (it comes with Firecracker's releases)");
+    else if (!fc_find_user(config, &entry, strings))
+        vmm_add_misfit(out, "this host has no such user as in config/jail_user (add it)");
+}
+
 static int fc_prepare(const struct vmm_config *config, char **ret_why) {
-    cleanup_free char *jailer = NULL, *root = NULL;
-    struct passwd entry, *user = NULL;
-    char strings[4096];
+    cleanup_free char *root = NULL;
+    struct passwd entry;
+    char strings[FC_USER_STRINGS];
     if (!fc_is_jailed(config))
         return 0;
-    if (geteuid() != 0)
-        return error_explain(-ERR_UNSUPPORTED, ret_why,
-                             "config/jail_user is %s, and only root can jail Firecracker: empty it",
-                             config->jail_user);
-    if (host_find_program(FC_JAILER, &jailer) < 0)
-        return error_explain(-ERR_UNSUPPORTED, ret_why,
-                             "config/jail_user is %s, and there is no " FC_JAILER
-                             " in PATH: it comes with Firecracker's releases",
-                             config->jail_user);
-    if (getpwnam_r(config->jail_user, &entry, strings, sizeof strings, &user) != 0 || !user)
-        return error_explain(-ERR_INVALID, ret_why,
-                             "there is no user %s (config/jail_user) on this host",
-                             config->jail_user);
+    struct passwd *user = fc_find_user(config, &entry, strings);
     root = fc_jail_root(config->dir);
-    int status = root ? fc_fill_jail(config, root, user) : -ERR_NO_MEMORY;
+    int status = !user ? -ENOENT : root ? fc_fill_jail(config, root, user) : -ERR_NO_MEMORY;
     return status < 0 ? error_explain(status, ret_why, "the jail in %s cannot be filled: %s",
                                       config->dir, strerror(-status))
                       : 0;
@@ -173,8 +185,8 @@ static void fc_add_machine(const struct vmm_config *config, const char *vsock,
     bool jailed = fc_is_jailed(config);
     const char *template = config->cpu_model && config->cpu_model[0] ? config->cpu_model : NULL;
     cleanup_buf struct buf boot_args = {0};
-    buf_printf(&boot_args, "%s%s" FC_BOOT_ARGS, config->boot_args ? config->boot_args : "",
-               config->boot_args ? " " : "");
+    buf_printf(&boot_args, FC_BOOT_ARGS "%s%s", config->boot_args ? " " : "",
+               config->boot_args ? config->boot_args : "");
     rest_add_step(plan, "PUT", "/machine-config",
                   json_pack("{s:i, s:i, s:s*}", "vcpu_count", (int)config->vcpus, "mem_size_mib",
                             (int)config->memory, "cpu_template", template));
@@ -202,12 +214,16 @@ static void fc_add_machine(const struct vmm_config *config, const char *vsock,
             plan->failed = -ERR_NO_MEMORY;
 }
 
+static int fc_find_program(char **ret_path) {
+    return host_find_program(FC_PROGRAM, ret_path);
+}
+
 static int fc_plan(const struct vmm_config *config, const char *vsock, struct rest_plan *plan) {
     cleanup_free char *program = NULL;
     char id[32];
     bool jailed = fc_is_jailed(config);
     fc_print_id(config->dir, id, sizeof id);
-    int status = host_find_program(FC_PROGRAM, &program);
+    int status = fc_find_program(&program);
     if (status == 0 && jailed)
         status = fc_add_jailer(config, vsock, program, id, plan);
     if (status < 0)
@@ -256,6 +272,25 @@ static unsigned fc_end_strays(const char *dir) {
     return process_kill_strays(id);
 }
 
+/* CpuTemplate in its specification. */
+static bool fc_has_template(const char *name) {
+    static const char *const templates[] = {"C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None"};
+    for (size_t i = 0; i < sizeof templates / sizeof *templates; i++)
+        if (strcmp(name, templates[i]) == 0)
+            return true;
+    return false;
+}
+
+static void fc_add_misfits(const struct vmm_config *config, struct buf *out) {
+    if (config->vcpus > FC_VCPUS_MOST)
+        vmm_add_misfit(out, "it has 32 CPUs at most for a guest (config/vcpus)");
+    if (config->cpu_model && config->cpu_model[0] && !fc_has_template(config->cpu_model))
+        vmm_add_misfit(out, "config/cpu_model is none of its templates (C3, T2, T2S, T2CL, T2A, "
+                            "V1N1, None; empty it)");
+    if (fc_is_jailed(config))
+        fc_add_misfits_of_jail(config, out);
+}
+
 /* Before 1.8 a kernel found its devices only if it was built to look for them on its command line,
  * as Debian's is not. */
 static int fc_check(char **ret_why) {
@@ -267,6 +302,8 @@ const struct vmm_ops firecracker_ops = {
     .name = "firecracker",
     .traits = VMM_VSOCK | VMM_TAP | VMM_JAIL | VMM_CPU_MODEL,
     .check = fc_check,
+    .find_program = fc_find_program,
+    .add_misfits = fc_add_misfits,
     .prepare = fc_prepare,
     .create = fc_create,
     .adopt = fc_adopt,

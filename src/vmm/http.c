@@ -1,15 +1,20 @@
 #include "vmm/http.h"
 
 #include <curl/curl.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/list.h"
+#include "util/unix_socket.h"
 
 #define HTTP_WORDS_MAX 500 /* of a server's own words, in a sentence */
+#define HTTP_AGAIN_MS 20   /* between tries to connect to a server that is slow to accept */
 
 struct http_call {
     struct list link;
@@ -26,6 +31,10 @@ struct http_call {
 struct http {
     uv_loop_t *loop;
     char *socket;
+    pid_t peer;
+    int held;                 /* what curl connects to (unix_hold()); -1: nothing */
+    curl_socket_t fd;         /* curl's connection */
+    int refused;              /* 0, or why there is none that is of any use */
     CURLM *multi;             /* NULL while nothing is under way */
     CURL *easy;               /* of the first call; NULL: it is not begun */
     struct curl_slist *lines; /* its header */
@@ -80,6 +89,9 @@ static void http_drop(struct http *http) {
     if (http->multi)
         curl_multi_cleanup(http->multi);
     curl_slist_free_all(http->lines);
+    if (http->held >= 0)
+        close(http->held);
+    http->held = -1;
     http->easy = NULL;
     http->multi = NULL;
     http->lines = NULL;
@@ -132,15 +144,11 @@ static void words_find(const json_t *json, const struct buf *answer, struct buf 
 }
 
 /* Why curl has no answer, and which status that is. */
-static int http_explain(const struct http *http, const struct http_call *call, CURLcode result,
-                        struct buf *out) {
+static int http_explain(const struct http_call *call, CURLcode result, struct buf *out) {
     switch (result) {
     case CURLE_OPERATION_TIMEDOUT:
         buf_printf(out, "no answer within %u ms", call->timeout_ms);
         return -ERR_TIMED_OUT;
-    case CURLE_COULDNT_CONNECT:
-        buf_printf(out, "nobody listens on %s", http->socket);
-        return -ERR_UNREACHABLE;
     case CURLE_GOT_NOTHING:
     case CURLE_RECV_ERROR:
     case CURLE_SEND_ERROR:
@@ -161,39 +169,65 @@ static int http_explain(const struct http *http, const struct http_call *call, C
     }
 }
 
-/* Ends the first call. */
+/* Ends the first call. `why` is the sentence without its beginning. */
+static void http_end(struct http *http, int status, const json_t *json, const struct buf *why,
+                     const char *words) {
+    struct http_call *call = http_first(http);
+    cleanup_buf struct buf text = {0};
+    buf_printf(&text, "%s %s: %s", call->method, call->path, why->data ? why->data : "");
+    http_drop(http);
+    list_remove(&call->link);
+    if (call->done && !http->closed)
+        call->done(call->arg, status, status < 0 ? NULL : json,
+                   status == 0                  ? ""
+                   : text.failed || why->failed ? "out of memory"
+                                                : text.data,
+                   words);
+    call_free(call);
+}
+
+/* There is no connection for the first call. */
+static void http_end_unconnected(struct http *http) {
+    cleanup_buf struct buf why = {0};
+    int status = http->refused;
+    if (status == -ENOENT || status == -ECONNREFUSED)
+        buf_printf(&why, "nobody listens on %s", http->socket);
+    else
+        buf_printf(&why, "%s cannot be connected to: %s", http->socket, unix_connect_error(status));
+    http_end(http,
+             status == -EAGAIN       ? -ERR_TIMED_OUT
+             : status == -ERR_DENIED ? -ERR_DENIED
+                                     : -ERR_UNREACHABLE,
+             NULL, &why, "");
+}
+
+/* Ends the first call with what curl has of it. */
 static void http_answer(struct http *http, CURLcode result) {
     struct http_call *call = http_first(http);
-    cleanup_buf struct buf why = {0};
+    cleanup_buf struct buf why = {0}, words = {0};
     json_t *json = NULL;
     long code = 0;
     int status = 0;
-    buf_printf(&why, "%s %s: ", call->method, call->path);
+    if (http->refused < 0) {
+        http_end_unconnected(http);
+        return;
+    }
     if (result == CURLE_OK) {
         curl_easy_getinfo(http->easy, CURLINFO_RESPONSE_CODE, &code);
         if (call->answer.len)
             json = json_loadb(call->answer.data, call->answer.len, JSON_DECODE_ANY, NULL);
         if (code < 200 || code > 299) {
-            cleanup_buf struct buf words = {0};
             words_find(json, &call->answer, &words);
-            buf_printf(&why, "it was refused with status %ld%s%s", code, words.len ? ": " : "",
-                       words.len ? words.data : "");
+            buf_printf(&why, "it was refused with status %ld", code);
             status = -ERR_IO;
         } else if (call->answer.len && !json) {
             buf_append_str(&why, "the answer is no JSON");
             status = -ERR_IO;
         }
     } else {
-        status = http_explain(http, call, result, &why);
+        status = http_explain(call, result, &why);
     }
-    http_drop(http);
-    list_remove(&call->link);
-    if (call->done && !http->closed)
-        call->done(call->arg, status, status < 0 ? NULL : json,
-                   status == 0  ? ""
-                   : why.failed ? "out of memory"
-                                : why.data);
-    call_free(call);
+    http_end(http, status, json, &why, words.len && !words.failed ? words.data : "");
     json_decref(json);
 }
 
@@ -209,6 +243,21 @@ static size_t http_on_data(char *data, size_t size, size_t count, void *arg) {
 }
 
 /* ---- curl in the loop ---- */
+
+static curl_socket_t http_on_open(void *arg, curlsocktype purpose, struct curl_sockaddr *address) {
+    struct http *http = arg;
+    (void)purpose;
+    http->fd = socket(address->family, address->socktype | SOCK_CLOEXEC, address->protocol);
+    return http->fd < 0 ? CURL_SOCKET_BAD : http->fd;
+}
+
+/* Before anything is said. */
+static int http_on_connected(void *arg, char *peer, char *local, int peer_port, int local_port) {
+    struct http *http = arg;
+    (void)peer, (void)local, (void)peer_port, (void)local_port;
+    http->refused = unix_check_peer(http->fd, http->peer);
+    return http->refused < 0 ? CURL_PREREQFUNC_ABORT : CURL_PREREQFUNC_OK;
+}
 
 static void http_step(struct http *http, curl_socket_t fd, int events);
 
@@ -262,6 +311,8 @@ static int http_on_timeout(CURLM *multi, long timeout_ms, void *arg) {
 static void http_set_up(struct http *http, struct http_call *call, uint64_t left) {
     CURL *easy = http->easy;
     cleanup_buf struct buf url = {0};
+    char held[32];
+    snprintf(held, sizeof held, "/proc/self/fd/%d", http->held);
     buf_printf(&url, "http://localhost%s", call->path);
     /* Without "Expect", which asks for permission to send a body; curl's own choice of a type would
      * be that of a form. */
@@ -270,7 +321,11 @@ static void http_set_up(struct http *http, struct http_call *call, uint64_t left
     http->lines = curl_slist_append(http->lines, call->body ? "Content-Type: application/json"
                                                             : "Content-Type:");
     curl_easy_setopt(easy, CURLOPT_URL, url.data);
-    curl_easy_setopt(easy, CURLOPT_UNIX_SOCKET_PATH, http->socket);
+    curl_easy_setopt(easy, CURLOPT_UNIX_SOCKET_PATH, held);
+    curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, http_on_open);
+    curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, http);
+    curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, http_on_connected);
+    curl_easy_setopt(easy, CURLOPT_PREREQDATA, http);
     curl_easy_setopt(easy, CURLOPT_PROXY, ""); /* whatever $http_proxy says */
     curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http");
     curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
@@ -294,6 +349,11 @@ static void http_begin(struct http *http) {
     while (!http->easy && !list_is_empty(&http->calls) && !http->closed) {
         struct http_call *call = http_first(http);
         uint64_t now = uv_now(http->loop);
+        http->refused = unix_hold(http->socket, &http->held);
+        if (http->refused < 0) {
+            http_end_unconnected(http);
+            continue;
+        }
         http->multi = curl_multi_init();
         http->easy = curl_easy_init();
         if (http->multi && http->easy) {
@@ -307,6 +367,26 @@ static void http_begin(struct http *http) {
     }
 }
 
+/* Why curl was not connected, which it does not tell: what another try says. One that has come to
+ * something now will again. */
+static int http_probe(const struct http *http) {
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int status = fd < 0 ? -errno : unix_connect(fd, http->socket, http->peer);
+    return status < 0 ? status : -EAGAIN;
+}
+
+/* The server has too many to accept: the first call waits a little, and is begun anew. */
+static bool http_tries_again(struct http *http, CURLcode result) {
+    if (result == CURLE_COULDNT_CONNECT)
+        http->refused = http_probe(http);
+    if (http->refused != -EAGAIN || http->closed ||
+        http_first(http)->due < uv_now(http->loop) + 2 * HTTP_AGAIN_MS)
+        return false;
+    http_drop(http);
+    uv_timer_start(&http->timer, http_on_timer, HTTP_AGAIN_MS, 0);
+    return true;
+}
+
 /* Lets curl go on, and tells what is over. */
 static void http_step(struct http *http, curl_socket_t fd, int events) {
     int running;
@@ -314,9 +394,12 @@ static void http_step(struct http *http, curl_socket_t fd, int events) {
     if (http->multi)
         curl_multi_socket_action(http->multi, fd, events, &running);
     CURLMsg *message = http->multi ? curl_multi_info_read(http->multi, &running) : NULL;
-    if (message && message->msg == CURLMSG_DONE)
+    bool over = message && message->msg == CURLMSG_DONE;
+    bool again = over && http_tries_again(http, message->data.result);
+    if (over && !again)
         http_answer(http, message->data.result);
-    http_begin(http);
+    if (!again)
+        http_begin(http);
     http->busy = false;
     if (http->closed)
         http_free(http);
@@ -339,11 +422,16 @@ int http_open(uv_loop_t *loop, const char *socket, struct http **ret_http) {
     http->loop = loop;
     http->socket = path;
     http->handles = 1;
+    http->held = -1;
     list_init(&http->calls);
     uv_timer_init(loop, &http->timer);
     http->timer.data = http;
     *ret_http = http;
     return 0;
+}
+
+void http_set_peer(struct http *http, pid_t peer) {
+    http->peer = peer;
 }
 
 int http_request(struct http *http, const char *method, const char *path, json_t *body,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <jansson.h>
+#include <sys/types.h>
 #include <uv.h>
 
 /* A client of an HTTP server on a UNIX socket, for VMMs with a REST interface. Only http.c includes
@@ -18,12 +19,18 @@ struct http;
 #define HTTP_ANSWER_MAX (1024 * 1024)
 
 /* The answer. `status` 0: the server has said yes (2xx), and `answer` is the borrowed JSON, NULL if
- * there was none. Else `why` is a sentence that begins with the request:
+ * there was none. Else `why` is a sentence that begins with the request, and `words` what the
+ * server has said to that, or "":
  * -ERR_UNREACHABLE: nobody listens there, or the connection was lost before the answer was here;
- * -ERR_TIMED_OUT; -ERR_IO: the server has said no, or something that cannot be understood. */
-typedef void http_done(void *arg, int status, const json_t *answer, const char *why);
+ * -ERR_TIMED_OUT: no answer, or it has not even taken the connection; -ERR_DENIED: it is another
+ * who listens there; -ERR_IO: the server has said no, or something that cannot be understood. */
+typedef void http_done(void *arg, int status, const json_t *answer, const char *why,
+                       const char *words);
 
 int http_open(uv_loop_t *loop, const char *socket, struct http **ret_http);
+
+/* The process that has to listen there (util/unix_socket.h); 0, as at first: any. */
+void http_set_peer(struct http *http, pid_t peer);
 
 /* Gives a request. `method` and `path` are string constants. Takes over `body` (NULL: none). `done`
  * (NULL: the answer is dropped) is called exactly once if this returns 0, unless the client is

@@ -82,27 +82,39 @@ static int boot_id_read(char *data) {
     return 0;
 }
 
-static void process_describe_end(int pidfd, char *how, size_t size) {
+static struct process_end process_find_end(int pidfd) {
+    struct process_end end = {.status = -1, .how = "exit status unknown"};
     siginfo_t info = {0};
-    snprintf(how, size, "exit status unknown");
     if (waitid(P_PIDFD, (id_t)pidfd, &info, WEXITED | WNOHANG) < 0 || info.si_pid == 0)
-        return; /* ECHILD: an earlier daemon's child */
-    const char *name = sigabbrev_np(info.si_status);
-    if (info.si_code == CLD_EXITED)
-        snprintf(how, size, "exit status %d", info.si_status);
-    else if (name)
-        snprintf(how, size, "killed by SIG%s", name);
+        return end; /* ECHILD: an earlier daemon's child */
+    if (info.si_code == CLD_EXITED) {
+        end.status = info.si_status;
+        snprintf(end.how, sizeof end.how, "exit status %d", end.status);
+        return end;
+    }
+    end.signal = info.si_status;
+    const char *name = sigabbrev_np(end.signal);
+    if (name)
+        snprintf(end.how, sizeof end.how, "killed by SIG%s", name);
     else
-        snprintf(how, size, "killed by signal %d", info.si_status);
+        snprintf(end.how, sizeof end.how, "killed by signal %d", end.signal);
+    return end;
+}
+
+bool process_was_killed(const struct process_end *end) {
+    static const int signals[] = {SIGKILL, SIGTERM, SIGINT, SIGHUP, SIGQUIT};
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
+        if (end->signal == signals[i])
+            return true;
+    return false;
 }
 
 static void process_on_poll(uv_poll_t *poll, int status, int events) {
     struct process *p = poll->data;
-    char how[64];
     (void)status, (void)events;
     uv_poll_stop(poll);
-    process_describe_end(p->pidfd, how, sizeof how);
-    p->exited(p->arg, how);
+    struct process_end end = process_find_end(p->pidfd);
+    p->exited(p->arg, &end);
 }
 
 void process_each(const char *text, process_visit *visit, void *arg) {

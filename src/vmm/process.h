@@ -13,9 +13,20 @@
 
 struct process;
 
-/* The process is gone; once. `how` is "exit status 1", "killed by SIGSEGV" or, if another daemon
- * was its parent, "exit status unknown". */
-typedef void process_exited(void *arg, const char *how);
+/* How a process has ended. */
+struct process_end {
+    int status;   /* of its exit; -1: a signal has ended it, or it is unknown */
+    int signal;   /* that has ended it; 0: none, or it is unknown */
+    char how[32]; /* "exit status 1", "killed by SIGSEGV" or, if another daemon was its parent,
+                     "exit status unknown" */
+};
+
+/* Was it ended by somebody who wanted that, or by the kernel for want of memory? Else it has done
+ * something wrong, or has ended by itself. */
+bool process_was_killed(const struct process_end *end);
+
+/* The process is gone; once. */
+typedef void process_exited(void *arg, const struct process_end *end);
 
 #define PROCESS_FDS 2
 

@@ -41,6 +41,14 @@ enum qemu_stage {
     STAGE_EXITED,
 };
 
+/* How far its start from a template is. */
+enum qemu_template {
+    TEMPLATE_NONE,   /* it has none, or runs on from it */
+    TEMPLATE_UNTOLD, /* it was not told of it yet */
+    TEMPLATE_TOLD,   /* and loads it */
+    TEMPLATE_REFUSED,
+};
+
 struct qemu {
     struct vmm vmm;
     uv_loop_t *loop;
@@ -53,15 +61,14 @@ struct qemu {
     unsigned handles;        /* of these two, not yet closed */
     enum qemu_stage stage;
     bool kvm;
-    bool restoring;   /* starts from a template, and has not been told to go on from it yet */
-    uint16_t port;    /* 0: not known yet */
-    unsigned quit_ms; /* of stop() */
-    void (*paused)(void *arg, int status, const char *why); /* of pause(); or NULL */
-    char *socket;                                           /* owned; path */
-    char *log;                                              /* owned; path, of QEMU's own output */
-    bool powered_off;                                       /* by the guest, as QMP has told it */
-    const char *shutdown; /* why QEMU ends, as QMP has told it; or NULL */
-    char killed_for[200]; /* why it had or will have to be killed; or empty */
+    enum qemu_template template;
+    uint16_t port;                        /* 0: not known yet */
+    unsigned quit_ms;                     /* of stop() */
+    vmm_paused *paused;                   /* of pause(); or NULL */
+    char *socket;                         /* owned; path */
+    char *log;                            /* owned; path, of QEMU's own output */
+    const struct qemu_shutdown *shutdown; /* why QEMU ends, as QMP has told it; or NULL */
+    char killed_for[200];                 /* why it had or will have to be killed; or empty */
 };
 
 static struct qemu *qemu_of(const struct vmm *vmm) {
@@ -87,51 +94,68 @@ static void qemu_release(struct vmm *vmm) {
 
 /* ---- the end ---- */
 
-#define QEMU_POWERED_OFF "guest-shutdown"
-
 /* QMP's ShutdownCause, for the user. */
-static const struct {
+static const struct qemu_shutdown {
     const char *cause, *text;
+    enum vmm_end end;
 } qemu_shutdowns[] = {
-    {QEMU_POWERED_OFF, "the guest has powered off"},
-    {"guest-reset", "the guest has restarted, or its kernel has panicked"},
-    {"guest-panic", "the guest's kernel has panicked"},
-    {"host-qmp-quit", "it was told to quit"},
-    {"host-signal", "it was told to by a signal"},
-    {"host-error", "an error on the host"},
+    {"guest-shutdown", "the guest has powered off", VMM_POWERED_OFF},
+    {"guest-reset", "the guest has restarted, or its kernel has panicked", VMM_ENDED},
+    {"guest-panic", "the guest's kernel has panicked", VMM_ENDED},
+    {"host-qmp-quit", "it was told to quit", VMM_ENDED},
+    {"host-signal", "it was told to by a signal", VMM_HINDERED},
+    {"host-error", "an error on the host", VMM_ENDED},
 };
 
 static void qemu_on_event(void *arg, const char *name, const json_t *data) {
     struct qemu *q = arg;
     const char *cause = json_string_value(json_object_get(data, "reason"));
+    if (strcmp(name, "RESUME") == 0)
+        q->template = TEMPLATE_NONE;
     if (strcmp(name, "SHUTDOWN") != 0 || !cause)
         return;
     for (size_t i = 0; i < sizeof qemu_shutdowns / sizeof *qemu_shutdowns; i++)
         if (strcmp(cause, qemu_shutdowns[i].cause) == 0)
-            q->shutdown = qemu_shutdowns[i].text;
-    q->powered_off = strcmp(cause, QEMU_POWERED_OFF) == 0;
+            q->shutdown = &qemu_shutdowns[i];
 }
 
-static void qemu_on_exited(void *arg, const char *how) {
+/* A template that QEMU cannot load makes it exit with a status that is none of success, or crash.
+ * What ails it before it was told to load it is something else. And with no guest yet that could
+ * end it, and no word in QMP, status 0 is a signal. */
+static enum vmm_end qemu_judge_end(const struct qemu *q, const struct process_end *end) {
+    if (q->template == TEMPLATE_REFUSED)
+        return VMM_REFUSED;
+    if (q->shutdown && q->shutdown->end != VMM_ENDED)
+        return q->shutdown->end;
+    if (q->stage == STAGE_KILLED)
+        return VMM_ENDED;
+    if (process_was_killed(end) || q->template == TEMPLATE_UNTOLD)
+        return VMM_HINDERED;
+    if (q->template == TEMPLATE_TOLD)
+        return end->status == 0 ? VMM_HINDERED : VMM_REFUSED;
+    return VMM_ENDED;
+}
+
+static void qemu_on_exited(void *arg, const struct process_end *end) {
     struct qemu *q = arg;
     cleanup_buf struct buf why = {0};
     if (q->stage == STAGE_KILLED && q->killed_for[0])
         buf_printf(&why, "%s, so QEMU was killed", q->killed_for);
     else
-        buf_printf(&why, "QEMU ended (%s)", how);
+        buf_printf(&why, "QEMU ended (%s)", end->how);
     if (q->shutdown)
-        buf_printf(&why, ": %s", q->shutdown);
+        buf_printf(&why, ": %s", q->shutdown->text);
     cleanup_buf struct buf words = {0};
     process_last_words(q->log, &words);
-    if (words.len)
-        buf_printf(&why, "; its last words: %s", words.data);
 
+    enum vmm_end verdict = qemu_judge_end(q, end);
     q->stage = STAGE_EXITED;
     uv_timer_stop(&q->deadline);
     uv_timer_stop(&q->retry);
     unlink(q->socket);
     qmp_abort(q->qmp, -ERR_GONE, "QEMU has ended");
-    q->events.exited(q->arg, q->powered_off, why.failed ? "QEMU ended" : why.data);
+    q->events.exited(q->arg, verdict, why.failed ? "QEMU ended" : why.data,
+                     words.len && !words.failed ? words.data : "");
 }
 
 static void qemu_kill(struct vmm *vmm) {
@@ -321,15 +345,14 @@ static void qemu_on_deadline(uv_timer_t *timer) {
 
 static void qemu_on_paused(void *arg, int status, const json_t *result, const char *why) {
     struct qemu *q = arg;
-    void (*done)(void *, int, const char *) = q->paused;
+    vmm_paused *done = q->paused;
     (void)result;
     q->paused = NULL;
     if (done && q->stage == STAGE_RUNNING)
-        done(q->arg, status, why ? why : "");
+        done(q->arg, status, why ? why : "", "");
 }
 
-static void qemu_pause(struct vmm *vmm, bool paused,
-                       void (*done)(void *arg, int status, const char *why)) {
+static void qemu_pause(struct vmm *vmm, bool paused, vmm_paused *done) {
     struct qemu *q = qemu_of(vmm);
     q->paused = done;
     qmp_command(qemu_connect(q), paused ? "stop" : "cont", NULL, QEMU_PAUSE_MS, qemu_on_paused, q);
@@ -384,6 +407,8 @@ static void qemu_on_restoring(void *arg, int status, const json_t *result, const
     (void)result;
     if (status == 0 || q->stage != STAGE_STARTING)
         return;
+    if (status == -ERR_IO) /* QEMU's own answer */
+        q->template = TEMPLATE_REFUSED;
     if (!q->killed_for[0])
         snprintf(q->killed_for, sizeof q->killed_for, "QEMU does not take the template: %s", why);
     qemu_set_deadline(q, QEMU_GRACE_MS);
@@ -393,7 +418,7 @@ static void qemu_on_restoring(void *arg, int status, const json_t *result, const
 static void qemu_on_restored(void *arg, int status, const json_t *result, const char *why) {
     struct qemu *q = arg;
     if (status == 0)
-        q->restoring = false;
+        q->template = TEMPLATE_TOLD;
     qemu_on_restoring(arg, status, result, why);
 }
 
@@ -409,7 +434,7 @@ static int qemu_restore(struct qemu *q) {
         json_decref(from);
         return status;
     }
-    q->restoring = true;
+    q->template = TEMPLATE_UNTOLD;
     return from ? qmp_command(q->qmp, "migrate-incoming", from, QEMU_START_MS, qemu_on_restored, q)
                 : -ENOMEM;
 }
@@ -511,7 +536,8 @@ static unsigned qemu_end_strays(const char *dir) {
 
 static json_t *qemu_save(const struct vmm *vmm) {
     const struct qemu *q = qemu_of(vmm);
-    if (q->stage == STAGE_EXITED || q->restoring)
+    if (q->stage == STAGE_EXITED || q->template == TEMPLATE_UNTOLD ||
+        q->template == TEMPLATE_REFUSED)
         return NULL;
     json_t *saved = json_pack("{s:s, s:i, s:s}", "socket", q->socket, "port", q->port, "accel",
                               q->kvm ? "kvm" : "tcg");
@@ -579,11 +605,25 @@ static int qemu_check(char **ret_why) {
     return status;
 }
 
+static void qemu_add_misfits(const struct vmm_config *config, struct buf *out) {
+    const char *model = config->cpu_model ? config->cpu_model : "";
+    if (strcspn(model, ",") == 4 && strncmp(model, "host", 4) == 0) {
+        if (!host_has_kvm(NULL))
+            vmm_add_misfit(out, "config/cpu_model asks for the host's CPU, which takes KVM (max is "
+                                "the most without)");
+    } else if (model[0] && !qemu_has_cpu(model)) {
+        vmm_add_misfit(out, "it knows no such CPU as in config/cpu_model (qemu-system-x86_64 -cpu "
+                            "help lists them; empty it)");
+    }
+}
+
 const struct vmm_ops qemu_ops = {
     .name = "qemu",
     .traits = VMM_CPU_MODEL,
     .templates = &qemu_template_ops,
     .check = qemu_check,
+    .find_program = qemu_program_find,
+    .add_misfits = qemu_add_misfits,
     .create = qemu_create,
     .adopt = qemu_adopt,
     .end_strays = qemu_end_strays,

@@ -80,6 +80,31 @@ int qemu_program_find(char **ret_path) {
     return status == -ENOENT ? host_find_program("qemu-kvm", ret_path) : status; /* Red Hat */
 }
 
+/* Whether `-cpu help`, "x86 NAME …" or "  NAME …" a line, has this name. */
+static bool qemu_help_has_cpu(const char *help, const char *name, size_t length) {
+    for (const char *line = help; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+        const char *word = line;
+        if (strncmp(word, "x86 ", 4) == 0)
+            word += 4;
+        word += strspn(word, " ");
+        if (strncmp(word, name, length) == 0 && strchr(" \r\n", word[length]))
+            return true;
+    }
+    return false;
+}
+
+bool qemu_has_cpu(const char *model) {
+    cleanup_free char *program = NULL;
+    cleanup_buf struct buf help = {0};
+    if (qemu_program_find(&program) < 0)
+        return true; /* which is another matter */
+    char *argv[] = {program, (char[]){"-cpu"}, (char[]){"help"}, NULL};
+    if (process_run(program, argv, 5000, &help) != 0 || !help.len ||
+        !qemu_help_has_cpu(help.data, "max", 3))
+        return true; /* it does not say so, or not in these words */
+    return qemu_help_has_cpu(help.data, model, strcspn(model, ","));
+}
+
 /* The template writes to the file of its memory; who starts from it copies the pages that he
  * writes, and shares the others with everybody. */
 static void command_add_memory(struct qemu_command *c, const struct vmm_config *config) {

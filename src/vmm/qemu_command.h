@@ -25,6 +25,10 @@ void qemu_command_free(struct qemu_command *command);
  * frees it. */
 int qemu_program_find(char **ret_path);
 
+/* Does QEMU know the CPU of this `-cpu`? Features behind commas are looked at when it starts. True
+ * also when it cannot be asked. Blocks shortly. */
+bool qemu_has_cpu(const char *model);
+
 /* The arguments for one boot. `qmp_fd` is the number that the listening QMP socket has in QEMU,
  * `serial_log` an absolute path. */
 int qemu_command_build(struct qemu_command *command, const struct vmm_config *config,

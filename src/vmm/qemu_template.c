@@ -48,9 +48,9 @@ static void template_fail(struct vmm_template *t, const char *why) {
     process_kill(t->process);
 }
 
-static void template_on_exited(void *arg, const char *how) {
+static void template_on_exited(void *arg, const struct process_end *end) {
     struct vmm_template *t = arg;
-    cleanup_buf struct buf why = {0}, words = {0};
+    cleanup_buf struct buf why = {0};
     uv_timer_stop(&t->deadline);
     uv_timer_stop(&t->step);
     unlink(t->socket);
@@ -59,9 +59,7 @@ static void template_on_exited(void *arg, const char *how) {
         t->done(t->arg, 0, "");
         return;
     }
-    process_last_words(t->log, &words);
-    buf_printf(&why, "%s%s(%s)%s%s", t->why, t->why[0] ? " " : "QEMU ended ", how,
-               words.len ? "; its last words: " : "", words.len ? words.data : "");
+    buf_printf(&why, "%s%s(%s)", t->why, t->why[0] ? " " : "QEMU ended ", end->how);
     t->done(t->arg, -ERR_GONE, why.failed ? "QEMU ended" : why.data);
 }
 

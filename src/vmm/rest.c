@@ -10,6 +10,7 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/log.h"
+#include "vmm/event_log.h"
 #include "vmm/host.h"
 #include "vmm/http.h"
 #include "vmm/process.h"
@@ -21,7 +22,6 @@
 
 #define REST_MARGIN_MS 200
 #define REST_CONSOLE_TAIL 4096 /* of the console, where a kernel's last words are looked for */
-#define REST_EVENTS_MAX (1024 * 1024)
 
 enum rest_stage {
     STAGE_STARTING,
@@ -38,12 +38,12 @@ struct rest {
     uv_loop_t *loop;
     struct vmm_events events;
     void *arg;
-    struct process *process; /* owned; NULL until spawned */
-    struct http *http;       /* owned */
-    uv_timer_t deadline;     /* of the stage */
-    uv_timer_t retry;        /* looks for the socket, or presses the power button, again */
-    uv_fs_event_t watch;     /* of the event log */
-    unsigned handles;        /* of these three, not yet closed */
+    struct process *process;     /* owned; NULL until spawned */
+    struct http *http;           /* owned */
+    uv_timer_t deadline;         /* of the stage */
+    uv_timer_t retry;            /* looks for the socket, or presses the power button, again */
+    unsigned handles;            /* of these two, not yet closed */
+    struct event_log *event_log; /* owned; NULL: this VMM notes none */
     enum rest_stage stage;
     bool adopted;
     bool booted; /* it has the machine, and the guest's CPUs were started */
@@ -53,11 +53,12 @@ struct rest {
     bool pausing;     /* pause() is under way */
     bool pause_to;    /* what it was asked for last */
     bool pause_asked; /* and what the VMM was */
-    void (*paused)(void *arg, int status, const char *why);
+    vmm_paused *paused;
     char *socket, *vsock, *log, *console; /* owned; paths */
-    char *event_log, *own_log;            /* owned; paths, or NULL */
+    char *event_path, *own_log;           /* owned; paths, or NULL */
     unsigned vsock_port;
-    char killed_for[700]; /* why it had or will have to be killed; or empty */
+    char killed_for[256];   /* why it had or will have to be killed; or empty */
+    char killed_words[600]; /* and what it has said about that itself */
 };
 
 static struct rest *rest_of(const struct vmm *vmm) {
@@ -75,7 +76,7 @@ static void rest_on_handle_closed(uv_handle_t *handle) {
     free(r->vsock);
     free(r->log);
     free(r->console);
-    free(r->event_log);
+    free(r->event_path);
     free(r->own_log);
     free(r);
 }
@@ -89,7 +90,7 @@ void rest_release(struct vmm *vmm) {
     process_release(r->process);
     uv_close((uv_handle_t *)&r->deadline, rest_on_handle_closed);
     uv_close((uv_handle_t *)&r->retry, rest_on_handle_closed);
-    uv_close((uv_handle_t *)&r->watch, rest_on_handle_closed);
+    event_log_close(r->event_log);
 }
 
 static void rest_unlink(const struct rest *r) {
@@ -111,35 +112,37 @@ static bool rest_console_ends_with(const struct rest *r, const char *words) {
     return n > 0 && memmem(tail, (size_t)n, words, strlen(words));
 }
 
-static void rest_on_exited(void *arg, const char *how) {
+static void rest_on_exited(void *arg, const struct process_end *end) {
     struct rest *r = arg;
     const char *title = r->dialect->title;
     /* Neither of them says why it ends, but the guest's kernel does. The status alone would be
      * that of success also after a panic, and is not known of a child of another daemon. */
     bool panicked = rest_console_ends_with(r, "Kernel panic - ");
     bool in_order = r->stage != STAGE_KILLED && !panicked &&
-                    (strcmp(how, "exit status 0") == 0 ||
-                     (r->adopted && rest_console_ends_with(r, "reboot: ")));
+                    (end->status == 0 || (r->adopted && rest_console_ends_with(r, "reboot: ")));
     cleanup_buf struct buf why = {0}, words = {0};
     if (r->stage == STAGE_KILLED && r->killed_for[0])
         buf_printf(&why, "%s, so %s was killed", r->killed_for, title);
     else
-        buf_printf(&why, "%s ended (%s)%s", title, how,
+        buf_printf(&why, "%s ended (%s)%s", title, end->how,
                    panicked ? ": the guest's kernel has panicked" : "");
-    process_last_words(r->log, &words);
+    if (r->stage == STAGE_KILLED)
+        buf_append_str(&words, r->killed_words);
+    if (!words.len)
+        process_last_words(r->log, &words);
     if (!words.len && r->own_log)
         process_last_words(r->own_log, &words);
-    if (words.len)
-        buf_printf(&why, "; its last words: %s", words.data);
 
     r->stage = STAGE_EXITED;
     uv_timer_stop(&r->deadline);
     uv_timer_stop(&r->retry);
-    uv_fs_event_stop(&r->watch);
+    event_log_close(r->event_log);
+    r->event_log = NULL;
     http_close(r->http);
     r->http = NULL;
     rest_unlink(r);
-    r->events.exited(r->arg, in_order, why.failed ? title : why.data);
+    r->events.exited(r->arg, in_order ? VMM_POWERED_OFF : VMM_ENDED, why.failed ? title : why.data,
+                     words.len && !words.failed ? words.data : "");
 }
 
 void rest_kill(struct vmm *vmm) {
@@ -161,6 +164,12 @@ static __attribute__((format(printf, 2, 3))) void rest_kill_for(struct rest *r, 
     vsnprintf(r->killed_for, sizeof r->killed_for, format, args);
     va_end(args);
     rest_kill(&r->vmm);
+}
+
+/* For an answer that is none. */
+static void rest_kill_for_answer(struct rest *r, const char *why, const char *words) {
+    snprintf(r->killed_words, sizeof r->killed_words, "%s", words);
+    rest_kill_for(r, "%s", why);
 }
 
 /* ---- the start ---- */
@@ -194,7 +203,8 @@ static void rest_become_ready(struct rest *r) {
     r->events.ready(r->arg);
 }
 
-static void rest_on_step(void *arg, int status, const json_t *answer, const char *why);
+static void rest_on_step(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words);
 
 static void rest_next_step(struct rest *r) {
     if (r->step == r->plan.step_count) {
@@ -209,7 +219,8 @@ static void rest_next_step(struct rest *r) {
         rest_kill_for(r, "out of memory");
 }
 
-static void rest_on_step(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_step(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words) {
     struct rest *r = arg;
     (void)answer;
     if (r->stage != STAGE_STARTING)
@@ -219,12 +230,13 @@ static void rest_on_step(void *arg, int status, const json_t *answer, const char
     else if (status == -ERR_UNREACHABLE) /* most likely it is about to end, with better words */
         snprintf(r->killed_for, sizeof r->killed_for, "%s", why), rest_set_deadline(r, 1000);
     else
-        rest_kill_for(r, "%s", why);
+        rest_kill_for_answer(r, why, words);
 }
 
 static void rest_look(uv_timer_t *timer);
 
-static void rest_on_look(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_look(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words) {
     struct rest *r = arg;
     (void)answer;
     if (r->stage != STAGE_STARTING)
@@ -238,7 +250,7 @@ static void rest_on_look(void *arg, int status, const json_t *answer, const char
         if (uv_timer_get_due_in(&r->deadline) > 2 * REST_MARGIN_MS)
             uv_timer_start(&r->retry, rest_look, REST_RETRY_MS, 0);
     } else if (!r->adopted)
-        rest_kill_for(r, "%s", why);
+        rest_kill_for_answer(r, why, words);
 }
 
 /* The socket is there when the VMM has made it. Any answer will do: Cloud Hypervisor has no state
@@ -253,32 +265,26 @@ static void rest_look(uv_timer_t *timer) {
 
 /* A VMM that starts the guest anew when it resets, where the host would have to put in what is
  * particular to the VM, is ended instead, as QEMU ends. */
-static void rest_read_events(struct rest *r) {
-    char block[4096];
-    cleanup_buf struct buf text = {0};
-    cleanup_close int fd = open(r->event_log, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    ssize_t n = 0;
-    while (fd >= 0 && text.len < REST_EVENTS_MAX && (n = read(fd, block, sizeof block)) > 0)
-        buf_append(&text, block, (size_t)n);
-    if (text.len &&
-        memmem(text.data, text.len, r->dialect->restarted, strlen(r->dialect->restarted)))
-        rest_kill_for(r, "the guest has restarted, or its kernel has panicked");
+static void rest_on_restarted(void *arg) {
+    rest_kill_for(arg, "the guest has restarted, or its kernel has panicked");
 }
 
-static void rest_on_event(uv_fs_event_t *watch, const char *name, int events, int status) {
-    struct rest *r = watch->data;
-    (void)name, (void)events;
-    if (status == 0 && r->stage < STAGE_KILLED)
-        rest_read_events(r);
+static int rest_watch_events(struct rest *r) {
+    return r->event_path ? event_log_open(r->loop, r->event_path, r->dialect->restarted,
+                                          rest_on_restarted, r, &r->event_log)
+                         : 0;
 }
 
 /* ---- stopping ---- */
 
-static void rest_on_quit(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_quit(void *arg, int status, const json_t *answer, const char *why,
+                         const char *words) {
     struct rest *r = arg;
+    cleanup_buf struct buf text = {0};
     (void)answer;
+    buf_printf(&text, "%s could not be told to quit: %s", r->dialect->title, why);
     if (status < 0 && status != -ERR_UNREACHABLE && r->stage == STAGE_QUIT)
-        rest_kill_for(r, "%s could not be told to quit: %s", r->dialect->title, why);
+        rest_kill_for_answer(r, text.failed ? "" : text.data, words);
 }
 
 static void rest_quit(struct rest *r) {
@@ -302,10 +308,11 @@ static void rest_press_power(uv_timer_t *timer) {
     rest_call(r, &r->dialect->power_button, NULL);
 }
 
-static void rest_on_state_at_stop(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_state_at_stop(void *arg, int status, const json_t *answer, const char *why,
+                                  const char *words) {
     struct rest *r = arg;
     const char *state = json_string_value(json_object_get(answer, "state"));
-    (void)why;
+    (void)why, (void)words;
     if (r->stage != STAGE_POWERDOWN)
         return;
     if (status == 0 && state && strcmp(state, "Paused") == 0)
@@ -364,40 +371,43 @@ static void rest_on_deadline(uv_timer_t *timer) {
 
 /* ---- pausing ---- */
 
-static void rest_on_state(void *arg, int status, const json_t *answer, const char *why);
+static void rest_on_state(void *arg, int status, const json_t *answer, const char *why,
+                          const char *words);
 
-static void rest_end_pause(struct rest *r, int status, const char *why) {
-    void (*done)(void *, int, const char *) = r->paused;
+static void rest_end_pause(struct rest *r, int status, const char *why, const char *words) {
+    vmm_paused *done = r->paused;
     r->paused = NULL;
     r->pausing = false;
     if (done && r->stage == STAGE_RUNNING)
-        done(r->arg, status, why);
+        done(r->arg, status, why, words);
 }
 
-static void rest_on_paused(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_paused(void *arg, int status, const json_t *answer, const char *why,
+                           const char *words) {
     struct rest *r = arg;
     (void)answer;
     if (status == 0 && r->pause_to != r->pause_asked) /* somebody has thought otherwise meanwhile */
         rest_call(r, &r->dialect->state, rest_on_state);
     else
-        rest_end_pause(r, status, why);
+        rest_end_pause(r, status, why, words);
 }
 
 /* What is so already is an error to Cloud Hypervisor: so the state is looked at first. */
-static void rest_on_state(void *arg, int status, const json_t *answer, const char *why) {
+static void rest_on_state(void *arg, int status, const json_t *answer, const char *why,
+                          const char *words) {
     struct rest *r = arg;
     const char *state = json_string_value(json_object_get(answer, "state"));
     r->pause_asked = r->pause_to;
     if (status < 0 || !state)
-        rest_end_pause(r, status < 0 ? status : -ERR_IO, status < 0 ? why : "it has no state");
+        rest_end_pause(r, status < 0 ? status : -ERR_IO, status < 0 ? why : "it has no state",
+                       words);
     else if ((strcmp(state, "Paused") == 0) == r->pause_to)
-        rest_end_pause(r, 0, "");
+        rest_end_pause(r, 0, "", "");
     else
         rest_call(r, r->pause_to ? &r->dialect->pause : &r->dialect->resume, rest_on_paused);
 }
 
-void rest_pause(struct vmm *vmm, bool paused,
-                void (*done)(void *arg, int status, const char *why)) {
+void rest_pause(struct vmm *vmm, bool paused, vmm_paused *done) {
     struct rest *r = rest_of(vmm);
     r->paused = done;
     r->pause_to = paused;
@@ -420,18 +430,17 @@ static int rest_new(const struct rest_dialect *dialect, uv_loop_t *loop,
         .loop = loop,
         .events = *events,
         .arg = arg,
-        .handles = 3,
+        .handles = 2,
         .vsock_port = config->vsock_port,
         .socket = strdup(socket),
         .log = host_join(config->dir, "vmm.log"),
         .console = host_join(config->dir, "serial.log"),
-        .event_log = dialect->event_log ? host_join(config->dir, dialect->event_log) : NULL,
+        .event_path = dialect->event_log ? host_join(config->dir, dialect->event_log) : NULL,
         .own_log = dialect->own_log ? host_join(config->dir, dialect->own_log) : NULL,
     };
     uv_timer_init(loop, &r->deadline); /* these cannot fail */
     uv_timer_init(loop, &r->retry);
-    uv_fs_event_init(loop, &r->watch);
-    r->deadline.data = r->retry.data = r->watch.data = r;
+    r->deadline.data = r->retry.data = r;
     int status = asprintf(&r->vsock, "%s.vsock", socket) < 0 ? -ERR_NO_MEMORY : 0;
     if (status < 0)
         r->vsock = NULL;
@@ -474,7 +483,10 @@ static int rest_spawn(struct rest *r, const struct vmm_config *config) {
         .fds = {-1, -1},
         .transient = config->transient,
     };
-    return process_spawn(r->loop, &options, rest_on_exited, r, &r->process);
+    int status = process_spawn(r->loop, &options, rest_on_exited, r, &r->process);
+    if (status == 0)
+        http_set_peer(r->http, process_pid(r->process));
+    return status;
 }
 
 int rest_create(const struct rest_dialect *dialect, uv_loop_t *loop,
@@ -490,10 +502,10 @@ int rest_create(const struct rest_dialect *dialect, uv_loop_t *loop,
         status = r->plan.failed;
     if (status == 0 && r->own_log)
         status = rest_make_file(r->own_log);
-    if (status == 0 && r->event_log)
-        status = rest_make_file(r->event_log);
-    if (status == 0 && r->event_log)
-        status = uv_fs_event_start(&r->watch, rest_on_event, r->event_log, 0);
+    if (status == 0 && r->event_path)
+        status = rest_make_file(r->event_path);
+    if (status == 0)
+        status = rest_watch_events(r);
     if (status == 0) /* comes last: there is nothing to take back behind it */
         status = rest_spawn(r, config);
     if (status < 0) {
@@ -519,18 +531,18 @@ int rest_adopt(const struct rest_dialect *dialect, uv_loop_t *loop, const struct
     r->adopted = r->booted = true;
     r->vsock_port = (unsigned)json_integer_value(json_object_get(saved, "vsock_port"));
     status = process_adopt(loop, saved, rest_on_exited, r, &r->process);
+    if (status == 0)
+        http_set_peer(r->http, process_pid(r->process));
     if (status == -ESRCH)
         rest_unlink(r);
-    if (status == 0 && r->event_log)
-        status = uv_fs_event_start(&r->watch, rest_on_event, r->event_log, 0);
+    if (status == 0)
+        status = rest_watch_events(r);
     if (status < 0) {
         rest_release(&r->vmm);
         return status;
     }
     rest_set_deadline(r, REST_START_MS);
     rest_look(&r->retry);
-    if (r->event_log)
-        rest_read_events(r);
     *ret_vmm = &r->vmm;
     return 0;
 }
@@ -553,7 +565,8 @@ bool rest_endpoint(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint) {
     if (!r->booted || r->stage == STAGE_EXITED)
         return false;
     memcpy(address.sun_path, r->vsock, strlen(r->vsock)); /* rest_new() has looked at its length */
-    *ret_endpoint = (struct vmm_endpoint){.length = sizeof address, .vsock_port = r->vsock_port};
+    *ret_endpoint = (struct vmm_endpoint){
+        .length = sizeof address, .vsock_port = r->vsock_port, .peer = process_pid(r->process)};
     memcpy(&ret_endpoint->address, &address, sizeof address);
     return true;
 }

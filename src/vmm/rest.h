@@ -64,7 +64,7 @@ int rest_adopt(const struct rest_dialect *dialect, uv_loop_t *loop, const struct
                struct vmm **ret_vmm);
 json_t *rest_save(const struct vmm *vmm);
 void rest_stop(struct vmm *vmm, unsigned powerdown_ms, unsigned quit_ms);
-void rest_pause(struct vmm *vmm, bool paused, void (*done)(void *arg, int status, const char *why));
+void rest_pause(struct vmm *vmm, bool paused, vmm_paused *done);
 void rest_kill(struct vmm *vmm);
 bool rest_endpoint(const struct vmm *vmm, struct vmm_endpoint *ret_endpoint);
 void rest_describe(const struct vmm *vmm, json_t *info);

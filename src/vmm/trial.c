@@ -78,12 +78,14 @@ static void trial_on_ready(void *arg) {
     (void)arg; /* the VMM is; the kernel is another matter */
 }
 
-static void trial_on_exited(void *arg, bool powered_off, const char *why) {
+static void trial_on_exited(void *arg, enum vmm_end end, const char *why, const char *words) {
     struct trial *t = arg;
-    (void)powered_off;
+    cleanup_buf struct buf text = {0};
+    (void)end;
     t->ended = true;
     trial_look(t);
-    trial_fail(t, why);
+    buf_printf(&text, "%s%s%s", why, words[0] ? "; its last words: " : "", words);
+    trial_fail(t, text.failed ? why : text.data);
     uv_stop(&t->loop);
 }
 

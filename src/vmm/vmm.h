@@ -16,6 +16,8 @@
 
 struct vmm;
 
+typedef void vmm_paused(void *arg, int status, const char *why, const char *words);
+
 /* What to boot. Borrowed for the call of create(). Paths are absolute. */
 struct vmm_config {
     const char *id;     /* the VM's name */
@@ -44,14 +46,24 @@ struct vmm_config {
     unsigned port;
 };
 
+/* What a VMM's end says. */
+enum vmm_end {
+    VMM_ENDED,       /* no more than the words */
+    VMM_POWERED_OFF, /* the guest has done so itself, in order */
+    /* Of a start from a template: */
+    VMM_HINDERED, /* by the host (a signal of somebody's, no memory), whatever the template is */
+    VMM_REFUSED,  /* it does not take the template, or has died of it */
+};
+
 /* What a VMM tells. `arg` is the caller's of create() or adopt(). */
 struct vmm_events {
     /* The VMM is up, the guest's CPUs run and endpoint() answers. At most once. */
     void (*ready)(void *arg);
     /* The VMM's process is gone, wanted or not. Exactly once for each instance that was not
-     * released before. `powered_off`: the guest has done so itself, in order. `why` is a sentence
-     * for the user, with the VMM's own last words where there are some. */
-    void (*exited)(void *arg, bool powered_off, const char *why);
+     * released before. `why` is a sentence,
+     * `words` what the VMM has said itself at last, or "": for the user alone and no log, as they
+     * may quote what it was told. */
+    void (*exited)(void *arg, enum vmm_end end, const char *why, const char *words);
     /* What keeps ready() from coming, or the endpoint from being the right one; the backend goes on
      * trying. */
     void (*trouble)(void *arg, const char *why);
@@ -61,7 +73,8 @@ struct vmm_events {
 struct vmm_endpoint {
     struct sockaddr_storage address;
     socklen_t length;
-    unsigned vsock_port; /* not 0: the address is a VMM's UNIX socket, to be asked for this port */
+    unsigned vsock_port; /* not 0: the address is a VMM's UNIX socket, to be asked for this port, */
+    pid_t peer;          /* at which this process has to listen */
 };
 
 /* What a backend can, and what it asks for, beyond what all do. */
@@ -107,6 +120,14 @@ struct vmm_ops {
      * thread pool, once at a time. */
     int (*check)(char **ret_why);
 
+    /* The program that check() looks at, an absolute path that the caller frees; -ENOENT: it is not
+     * there. NULL: there is none. At once. */
+    int (*find_program)(char **ret_path);
+
+    /* Adds, with vmm_add_misfit(), what of this it cannot do beyond what `traits` say. May be NULL,
+     * and may start programs and wait for them. */
+    void (*add_misfits)(const struct vmm_config *config, struct buf *out);
+
     /* What has to be done before create() and takes its time: called in the thread pool. On error
      * *ret_why is a sentence (the caller frees it). May be NULL. */
     int (*prepare)(const struct vmm_config *config, char **ret_why);
@@ -134,10 +155,9 @@ struct vmm_ops {
     void (*stop)(struct vmm *vmm, unsigned powerdown_ms, unsigned quit_ms);
 
     /* Stops the guest's CPUs, or lets them go on; `done` (may be NULL) is told with the `arg` of
-     * the events, unless exited() or release() comes first. `why` is valid for the call. NULL: this
-     * backend cannot. */
-    void (*pause)(struct vmm *vmm, bool paused,
-                  void (*done)(void *arg, int status, const char *why));
+     * the events, unless exited() or release() comes first. `why`, and `words` as of exited(), are
+     * valid for the call. NULL: this backend cannot. */
+    void (*pause)(struct vmm *vmm, bool paused, vmm_paused *done);
 
     /* SIGKILL, now. The end is told by exited(). */
     void (*kill)(struct vmm *vmm);
@@ -162,17 +182,20 @@ struct vmm {
     const struct vmm_ops *ops;
 };
 
-/* The backend called `name`; "auto" is the first that works here, and can do with a guest that has
- * no vsock if this one has none. -EINVAL for a name that is none, -EOPNOTSUPP for one that does not
- * work here. *ret_why as in check(), for "auto" also why the ones before it are not taken. From any
- * thread; may start programs and wait for them. */
-int vmm_find(const char *name, bool vsock, const struct vmm_ops **ret_ops, char **ret_why);
+/* The backend called `name`, for booting this; "auto" is the first that works here and can boot it.
+ * With NULL, which is for when that is not known yet, it has to work here. -EINVAL for a name that
+ * is none, -EOPNOTSUPP for one that does not work here or cannot boot this. *ret_why as in check(),
+ * for "auto" also why the ones before it are not taken, on error why each is not. From any thread;
+ * may start programs and wait for them. */
+int vmm_find(const char *name, const struct vmm_config *config, const struct vmm_ops **ret_ops,
+             char **ret_why);
+
+/* For add_misfits(): what it cannot do, a few words that name the setting, without its value, and
+ * with the remedy in parentheses. */
+void vmm_add_misfit(struct buf *out, const char *words);
 
 /* How much of a *ret_why is about the backend that was found, not about those before it. */
 size_t vmm_brief_length(const char *why);
-
-/* Can this backend boot this? -EOPNOTSUPP with a sentence that names the setting. */
-int vmm_check_config(const struct vmm_ops *ops, const struct vmm_config *config, char **ret_why);
 
 /* end_strays() of all backends. Returns how many were ended. */
 unsigned vmm_end_strays(const char *dir);

@@ -7,13 +7,15 @@ Their folder, given by the wrapper that the tests put into PATH, holds:
 
     spec.json    the specification
     faults       JSON, what to do wrong: {"PUT /boot-source": "400"}; looked at at each request, "vsock" at each connection
-    violations   what the daemon has done wrong, a line each: any fails the test
+    violations   what the daemon has done wrong, a line each: any fails the test. It is refused as well, as the real ones do
     requests     each request, as METHOD PATH and its body
     guests/      of each process
 
-Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "die after" (the answer),
+Faults: "400" (an error of this VMM's kind), "500", "text" (an error in plain words), "hang", "die", "end" (in order), "die after" (the answer),
 "garbage" (no HTTP), "no json", "flood" (an answer without end), "half" (of an answer), "slow" (byte by byte), "late" (1 s), "ignore"
-(says yes and does nothing). "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
+(says yes and does nothing). "crowded", as "start" or, once the guest was reached, as "vsock": more wait for a connection than it
+takes. "PUT /actions" has the action behind it: "PUT /actions InstanceStart".
+"events": "many" (before the one of a reset) or "halves" (of that one).
 """
 
 import json
@@ -49,7 +51,9 @@ class Vmm:
     """A fake is a subclass: it has `server`, `options`, error_body() and handle()."""
 
     server = None
+    unknown = 400  # status for what it has not
     machine = None  # of machine.py
+    crowding = False
     vsock_acknowledge = b"OK 1073741824\n"
 
     def __init__(self, folder):
@@ -70,7 +74,7 @@ class Vmm:
 
     # ---- what the tests are told ----
 
-    def violation(self, text):
+    def note_violation(self, text):
         with open(os.path.join(self.folder, "violations"), "a", encoding="utf-8") as f:
             f.write(f"{type(self).__name__} {os.getpid()}: {text}\n")
 
@@ -84,6 +88,11 @@ class Vmm:
                 return json.load(f).get(what)
         except FileNotFoundError:
             return None
+
+    def violation(self, *texts):
+        for text in texts:
+            self.note_violation(text)
+        raise Refusal(400, *texts)
 
     # ---- to be used by the subclasses ----
 
@@ -100,6 +109,29 @@ class Vmm:
         listener.bind(path)
         listener.listen(128)
         return listener
+
+    def crowd(self, listener, what, full=None):
+        """As long as this fault is "crowded", more wait there than it takes. `full` is told when that is so."""
+        others = []
+        self.crowding = True
+        listener.listen(0)
+        while self.fault(what) == "crowded":
+            other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            other.setblocking(False)
+            try:
+                other.connect(listener.getsockname())
+                others.append(other)
+            except BlockingIOError:
+                other.close()
+                if full:
+                    full.set()
+                time.sleep(0.02)
+        if full:
+            full.set()
+        for other in others:
+            other.close()
+        listener.listen(128)
+        self.crowding = False
 
     def require(self, condition, text):
         if not condition:
@@ -130,14 +162,20 @@ class Vmm:
         if self.fault("start") == "die":
             print("fake: it cannot start today", file=sys.stderr)
             self.end(1)
+        if self.fault("start") == "no kvm":
+            print("fake: Cannot open /dev/kvm: No such device", file=sys.stderr)
+            self.end(1)
         time.sleep(0.5 if self.fault("start") == "late" else 0)
         listener = self.listen(path)
+        self.crowd(listener, "start")
         while True:
             connection, _ = listener.accept()
             with connection:
                 try:
                     while self.serve_one(connection):
                         pass
+                except Refusal as refusal:  # of what cannot be read as a request
+                    connection.sendall(self.print_answer(refusal.status, self.error_body(refusal.words)))
                 except (ConnectionError, EOFError):
                     pass
 
@@ -147,7 +185,7 @@ class Vmm:
             part = connection.recv(65536)
             if not part:
                 if data:
-                    self.violation(f"a request that ends in the middle: {data!r}")
+                    self.note_violation(f"a request that ends in the middle: {data!r}")
                 raise EOFError
             data += part
             self.require(len(data) < 65536, "a request without end")
@@ -173,11 +211,12 @@ class Vmm:
     def serve_one(self, connection):
         method, path, body = self.read_request(connection)
         name = f"{method} {path.removeprefix(self.spec.base)}"
-        if path == "/actions" and body:
-            name += " " + str(json.loads(body).get("action_type"))
-        self.note(f"{method} {path} {body.decode()}")
-        for problem in self.spec.check_request(method, path, body):
-            self.violation(problem)
+        self.note(f"{method} {path} {body.decode(errors='replace')}")
+        problems = self.spec.check_request(method, path, body)
+        for problem in problems:
+            self.note_violation(problem)
+        if path == "/actions" and not problems:
+            name += " " + json.loads(body)["action_type"]
         fault = self.fault(name)
         if fault == "hang":
             while connection.recv(65536):
@@ -186,6 +225,8 @@ class Vmm:
         if fault == "die":
             print("fake: it dies in the middle", file=sys.stderr)
             self.end(1)
+        if fault == "end":
+            self.end(0)
         if fault == "garbage":
             connection.sendall(b"\x00\xff\x01 this is no HTTP\n" * 10)
             return False
@@ -197,6 +238,9 @@ class Vmm:
             status, answer = 204, None
         elif fault == "text":
             status, answer = 500, "plain words about what is wrong\x1b[31m"
+        elif problems:
+            status = 400 if self.spec.operation(method, path) else self.unknown
+            answer = self.error_body(problems)
         else:
             status, answer = self.answer(method, path, body)
         if fault == "no json":
@@ -220,17 +264,14 @@ class Vmm:
         return True
 
     def answer(self, method, path, body):
-        operation = self.spec.operation(method, path)
-        if not operation:
-            return 404, self.error_body(["Not Found"])
+        _, template, parts = self.spec.operation(method, path)
         try:
-            _, template, parts = operation
             value = self.handle(method, template, parts, json.loads(body) if body else None)
         except Refusal as refusal:
             return refusal.status, self.error_body(refusal.words)
         status = 204 if value is None else 200
         for problem in self.spec.check_answer(method, path, status, value):
-            self.violation(problem)
+            self.note_violation(problem)
         return status, value
 
     def print_answer(self, status, value):
@@ -244,10 +285,13 @@ class Vmm:
 
     def serve_vsock(self, listener):
         while True:
+            if not select.select([listener], [], [], 0.1)[0] or self.crowding:
+                time.sleep(0.02 if self.crowding else 0)
+                continue
             connection, _ = listener.accept()
-            threading.Thread(target=self.serve_vsock_connection, args=(connection,), daemon=True).start()
+            threading.Thread(target=self.serve_vsock_connection, args=(connection, listener), daemon=True).start()
 
-    def serve_vsock_connection(self, host):
+    def serve_vsock_connection(self, host, listener):
         fault = self.fault("vsock")
         line = b""
         with host:
@@ -255,11 +299,12 @@ class Vmm:
                 part = host.recv(1)
                 if not part or len(line) > 31:
                     if line:
-                        self.violation(f"the vsock was asked for {line + part!r}")
+                        self.note_violation(f"the vsock was asked for {line + part!r}")
                     return
                 line += part
             if line != b"CONNECT 22\n":
-                self.violation(f"the vsock was asked for {line!r}")
+                self.note_violation(f"the vsock was asked for {line!r}")
+                return
             if fault == "refuse" or not self.guest.started:
                 return
             if fault == "garbage":
@@ -273,6 +318,10 @@ class Vmm:
                 guest = self.guest.connect()
             except OSError:
                 return  # nobody listens there: the connection is closed, as the real ones do
+            if fault == "crowded":
+                full = threading.Event()
+                threading.Thread(target=self.crowd, args=(listener, "vsock", full), daemon=True).start()
+                full.wait()
             with guest:
                 for byte in self.vsock_acknowledge:
                     host.sendall(bytes([byte]))
@@ -321,4 +370,8 @@ def run(vmm_class, argv):
             sys.exit(2)
         options[name] = next(names)
     vmm = vmm_class(folder)
-    vmm.main(options)
+    try:
+        vmm.main(options)
+    except Refusal as refusal:  # of its command line
+        print(f"error: {': '.join(refusal.words)}", file=sys.stderr)
+        vmm.end(1)

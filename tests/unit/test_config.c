@@ -248,6 +248,23 @@ static void what_is_saved_is_loaded(void) {
     json_decref(saved);
 }
 
+static int names(const char *words, const char *expected) {
+    cleanup_buf struct buf out = {0};
+    config_name_quoted(&config, words, &out);
+    return check_same(out.data, out.len, expected, strlen(expected));
+}
+
+static void settings_that_are_quoted_are_named(void) {
+    CHECK(set("cpu_model", "max,+avx9,-ab") >= 0 && set("tap", "tap7") >= 0);
+    CHECK(set("boot_args", "one two=three") >= 0 && set("warm", "off") >= 0);
+    CHECK(names("Property '.avx9' not found", "config/cpu_model"));
+    CHECK(names("CPU model 'max' or tap7", "config/cpu_model, config/tap"));
+    CHECK(names("no such argument: two=three", "config/boot_args"));
+    /* Neither what is too short, nor a choice, nor a default. */
+    CHECK(names("ab off tiny", "") && names("", ""));
+    CHECK(set("cpu_model", "") >= 0 && set("tap", "") >= 0 && set("boot_args", "") >= 0);
+}
+
 int main(void) {
     CHECK(config_init(&config) == 0);
     settings_are_sorted_and_found();
@@ -266,6 +283,7 @@ int main(void) {
     a_name_that_is_none_is_told_with_those_that_are();
     a_wrong_value_is_quoted_without_control_characters();
     a_copy_is_the_same_and_its_own();
+    settings_that_are_quoted_are_named();
     what_is_saved_is_loaded();
     config_free(&config);
     return check_end();

@@ -73,10 +73,41 @@ static void a_template_is_found_by_its_whole_key(void) {
     template_key_free(&key);
 }
 
+/* One bit, with the file's size and times as they were. */
+static void bit_flip(const char *path, off_t at) {
+    unsigned char byte = 0;
+    struct stat st;
+    cleanup_close int fd = open(path, O_RDWR | O_CLOEXEC);
+    CHECK(fd >= 0 && fstat(fd, &st) == 0 && pread(fd, &byte, 1, at) == 1);
+    byte ^= 0x10;
+    const struct timespec times[] = {st.st_atim, st.st_mtim};
+    CHECK(pwrite(fd, &byte, 1, at) == 1 && futimens(fd, times) == 0);
+}
+
+/* A file with a hole and one with zeros in its place are the same. */
+static void holes_are_zeros(void) {
+    static char ram[1 << 20];
+    struct template_key key = key_of("/z", "one", "m");
+    struct template t;
+    ram[70000] = ram[sizeof ram - 1] = 'x';
+    CHECK(template_begin(folder, 1, &t) == 0);
+    file_write(t.ram, ram, sizeof ram);
+    file_write(t.state, "state", 5);
+    CHECK(template_finish(folder, &t, &key) == 0);
+    CHECK(truncate(t.ram, 0) == 0 && truncate(t.ram, sizeof ram) == 0);
+    cleanup_close int fd = open(t.ram, O_WRONLY | O_CLOEXEC);
+    CHECK(pwrite(fd, "x", 1, 70000) == 1 && pwrite(fd, "x", 1, sizeof ram - 1) == 1);
+    CHECK(template_is_there(&key) == 0);
+    bit_flip(t.ram, 200000); /* in a hole */
+    CHECK(template_is_there(&key) == -EBADMSG);
+    template_close(&t);
+    template_key_free(&key);
+}
+
 static void damage_is_seen_and_removes_it(void) {
     static const char *const files[] = {"ram", "state", "template.json"};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
-        for (int how = 0; how < 4; how++) {
+        for (int how = 0; how < 6; how++) {
             struct template_key key = key_of("/d", "one", "m");
             struct template t;
             struct stat st;
@@ -92,6 +123,10 @@ static void damage_is_seen_and_removes_it(void) {
                 CHECK(unlink(path.data) == 0);
             else if (how == 2)
                 CHECK(fs_replace_fast(path.data, 0600, "x", 1) == 0);
+            else if (how == 3)
+                bit_flip(path.data, st.st_size - 1 - (i == 2));
+            else if (how == 4)
+                bit_flip(path.data, i == 2 ? 3 : 0);
             else
                 CHECK(unlink(path.data) == 0 && symlink("/dev/zero", path.data) == 0);
             template_close(&t);
@@ -201,6 +236,7 @@ int main(void) {
         return 1;
     a_template_is_found_by_its_whole_key();
     damage_is_seen_and_removes_it();
+    holes_are_zeros();
     another_key_under_the_same_name_is_no_match();
     those_used_last_are_kept();
     those_of_an_image_that_has_changed_go();
