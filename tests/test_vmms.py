@@ -670,6 +670,20 @@ def test_a_program_that_is_gone_is_looked_for_again(host):
     assert one.boot("third").info()["backend_note"] == "Firecracker 1.10 with KVM"
 
 
+def test_a_program_that_does_not_answer_holds_up_one_boot_a_minute(host):
+    one = host("firecracker", env={"VMSFS_KVM": "no"}, start=False)
+    tries = os.path.join(one.path, "tries")
+    one.fake().install(f"#!/bin/sh\necho once >> {tries}\nexec sleep 71300\n")
+    one.start()
+    for guest in one.boot("a", "b"):
+        assert guest.info()["backend"] == "qemu"
+        assert "firecracker --version does not work (Connection timed out)" in guest.info()["backend_note"]
+    assert read(tries) == "once\n"
+    # Another program in its place is tried.
+    one.fake().install("#!/bin/sh\necho Firecracker v1.2.0\n")
+    assert "version 1.2" in one.boot("c").info()["backend_note"]
+
+
 def test_auto_takes_qemu_where_there_is_no_kvm_and_settings_overrule_it(host):
     one = host(*BACKENDS, env={"VMSFS_KVM": "no"})
     guest = one.guest("box")
@@ -759,17 +773,22 @@ def test_a_proxy_of_the_environment_is_not_asked(host, backend):
 
 @pytest.fixture
 def jailed(host):
-    def make(start=True):
+    def make(start=True, version=None):
+        """`version`: the program has the name that the releases give it, and a link leads there."""
         one = host("firecracker", options="jail_user=nobody,disk=16", start=False)
         fake = one.fake()
         fake.install(f'#!/bin/sh\nexec {harness.FAKES}/jailer {fake.path} "$@"\n', "jailer")
+        if version:
+            os.rename(os.path.join(fake.bin, "firecracker"), os.path.join(fake.bin, f"firecracker-v{version}"))
+            os.symlink(f"firecracker-v{version}", os.path.join(fake.bin, "firecracker"))
         return one.start() if start else one
 
     return make
 
 
-def test_a_jailed_firecracker(jailed):
-    one = jailed()
+@pytest.mark.parametrize("version", [None, "1.10.1-x86_64"])
+def test_a_jailed_firecracker(jailed, version):
+    one = jailed(version=version)
     guest = one.boot("box")
     assert guest.exec("echo inside") == b"inside\n"
     pid = guest.qemu()

@@ -475,6 +475,23 @@ def test_a_qemu_that_somebody_has_killed_says_nothing_about_the_template(warm, n
         assert guest.info()["warm"] is False
         assert log_lines(one, f"{name} boots cold", template, "says nothing about the template")
     boot_warm(one, "after")
+    time.sleep(3)  # as long as the house takes to be kept: nobody makes it once more
+    assert not log_lines(one, "making a template") and one.templates() == [template]
+
+
+@pytest.mark.deadline(200)
+def test_what_began_to_boot_before_the_template_was_there_does_not_make_it_again(cold):
+    one = cold()
+    one.boot("first")
+    wait_for(one.template_makers, "a template is being made", 30)
+    guest, pid = start(one, "second")
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(one.templates, "a template is made", MADE)
+    os.kill(pid, signal.SIGCONT)
+    guest.wait("running")
+    assert guest.info()["warm"] is False
+    time.sleep(3)
+    assert len(log_lines(one, "making a template")) == 1
 
 
 @pytest.mark.deadline(200)

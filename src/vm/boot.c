@@ -325,11 +325,12 @@ static void boot_find_template(struct vm_boot *boot) {
     if (boot->bad_template && fs_remove_all(boot->bad_template) < 0)
         log_error("cannot remove %s: %s", boot->bad_template, strerror(errno));
     if (!result->backend->templates || !result->image.warm || boot->config.disk ||
-        boot->settings->verbose_boot || strcmp(boot->config.warm, "off") == 0)
+        boot->settings->verbose_boot || strcmp(boot->config.warm, "off") == 0 ||
+        boot->cold) /* it has one, or one that was no good */
         return;
     boot_configure(boot->settings, &boot->config, &result->image, &boot_args, &config);
     if (boot_args.failed ||
-        !(result->plan = warm_plan_new(result->backend, &config, &result->image)) || boot->cold)
+        !(result->plan = warm_plan_new(result->backend, &config, &result->image)))
         return;
     int r = template_open(boot->settings->state_dir, &result->plan->key, &result->template, &why);
     if (r < 0 && r != -ENOENT)

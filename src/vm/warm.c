@@ -283,10 +283,22 @@ static void warm_forget_making(struct warm *warm) {
     warm->plan = NULL;
 }
 
+/* What has begun to boot before it was there would have it made once more. */
+static void warm_forget_plans(struct daemon *d, const struct template_key *key) {
+    struct vm *vm;
+    RB_FOREACH(vm, vm_index, &d->vms) {
+        if (!vm->warm.plan || !template_key_equals(&vm->warm.plan->key, key))
+            continue;
+        warm_plan_free(vm->warm.plan);
+        vm->warm.plan = NULL;
+    }
+}
+
 static void warm_ended(uv_work_t *work, int canceled) {
     struct warm *warm = work->data;
     (void)canceled;
     if (warm->status == 0) {
+        warm_forget_plans(warm->daemon, &warm->plan->key);
         warm_trust(warm, warm->template.dir);
         log_info("a template of %s is there: its next VMs start from it",
                  warm->plan->key.image_path);

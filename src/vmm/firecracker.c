@@ -49,11 +49,22 @@ static void fc_print_id(const char *dir, char *id, size_t size) {
     snprintf(id, size, "vmsfs-%016llx", (unsigned long long)hash);
 }
 
-/* What is `/` in the jail; the jailer decides on it. */
+static int fc_find_program(char **ret_path) {
+    return host_find_program(FC_PROGRAM, ret_path);
+}
+
+/* What is `/` in the jail; the jailer decides on it. It has the name of the program's file, where
+ * links to it lead: that of the releases has its version in its name. */
 static char *fc_jail_root(const char *dir) {
+    cleanup_free char *program = NULL, *file = NULL;
     char id[32], *root = NULL;
+    if (fc_find_program(&program) == 0)
+        file = realpath(program, NULL);
+    const char *slash = file ? strrchr(file, '/') : NULL;
     fc_print_id(dir, id, sizeof id);
-    return asprintf(&root, "%s/" FC_JAIL "/" FC_PROGRAM "/%s/root", dir, id) < 0 ? NULL : root;
+    return asprintf(&root, "%s/" FC_JAIL "/%s/%s/root", dir, slash ? &slash[1] : FC_PROGRAM, id) < 0
+               ? NULL
+               : root;
 }
 
 static const char *fc_kernel(const struct vmm_config *config) {
@@ -212,10 +223,6 @@ static void fc_add_machine(const struct vmm_config *config, const char *vsock,
     for (size_t i = 0; i < plan->step_count; i++)
         if (!plan->steps[i].body || boot_args.failed)
             plan->failed = -ERR_NO_MEMORY;
-}
-
-static int fc_find_program(char **ret_path) {
-    return host_find_program(FC_PROGRAM, ret_path);
 }
 
 static int fc_plan(const struct vmm_config *config, const char *vsock, struct rest_plan *plan) {

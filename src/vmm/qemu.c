@@ -592,7 +592,7 @@ static int qemu_check(char **ret_why) {
         if (status != 0 || !version) {
             buf_printf(&why, "%s --version does not work (%s); reinstall qemu-system-x86", program,
                        status < 0 ? strerror(-status) : "it fails");
-            status = -ERR_UNSUPPORTED;
+            status = status == -ETIMEDOUT ? -ERR_TIMED_OUT : -ERR_UNSUPPORTED;
         } else {
             version += sizeof before - 1;
             bool kvm = host_has_kvm(&no_kvm);

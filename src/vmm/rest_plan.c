@@ -57,7 +57,7 @@ int rest_check(const char *title, const char *program, unsigned major, unsigned 
         if (status != 0 || !version || sscanf(version, " v%u.%u", &has_major, &has_minor) != 2) {
             buf_printf(&why, "%s --version does not work (%s)", path,
                        status < 0 ? strerror(-status) : "it fails, or says something else");
-            status = -ERR_UNSUPPORTED;
+            status = status == -ETIMEDOUT ? -ERR_TIMED_OUT : -ERR_UNSUPPORTED;
         } else if (has_major < major || (has_major == major && has_minor < minor)) {
             buf_printf(&why, "%s is version %u.%u, and it has to be %u.%u or newer (%s)", path,
                        has_major, has_minor, major, minor, remedy);

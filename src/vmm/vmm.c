@@ -3,18 +3,22 @@
 #include <pthread.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include "util/cleanup.h"
 #include "util/errors.h"
 
 /* `found` caches a check() that succeeded, because it starts programs and VMs are created all the
  * time, for as long as the program is the one that was looked at; a failure is asked anew, so that
- * installing what was missing helps at once. */
+ * installing what was missing helps at once. Only a program that does not answer is left alone for
+ * a while, since everybody would wait for it again. */
+#define VMM_SILENT_S 60
 #define VMM_ROW(backend, tried) {.ops = &backend##_ops, .automatic = (tried)},
 static struct vmm_backend {
     const struct vmm_ops *ops;
-    bool automatic; /* "auto" tries it */
-    char *found;
+    bool automatic;    /* "auto" tries it */
+    char *found;       /* NULL: nothing is cached */
+    time_t silent;     /* when the program did not answer; 0: it does */
     char *program;     /* path; NULL: there is none */
     struct stat looks; /* of the program */
 } vmm_backends[] = {VMM_BACKENDS(VMM_ROW)};
@@ -42,15 +46,19 @@ static int vmm_backend_check_locked(struct vmm_backend *backend, char **ret_why)
     if (backend->ops->find_program && backend->ops->find_program(&program) == 0 &&
         stat(program, &looks) < 0)
         looks = (struct stat){0};
-    if (backend->found && vmm_program_is_same(backend, program, &looks)) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (backend->found && vmm_program_is_same(backend, program, &looks) &&
+        (!backend->silent || now.tv_sec - backend->silent < VMM_SILENT_S)) {
         *ret_why = strdup(backend->found);
-        return *ret_why ? 0 : -ENOMEM;
+        return !*ret_why ? -ENOMEM : backend->silent ? -ERR_UNSUPPORTED : 0;
     }
     free(backend->found);
     free(backend->program);
     backend->found = backend->program = NULL;
     int status = backend->ops->check(&why);
-    if (status == 0 && why) {
+    backend->silent = status == -ERR_TIMED_OUT ? now.tv_sec : 0;
+    if ((status == 0 || backend->silent) && why) {
         backend->found = strdup(why);
         backend->program = program;
         backend->looks = looks;
