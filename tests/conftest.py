@@ -193,6 +193,31 @@ def attached(sshd, daemon):
     return make
 
 
+@pytest.fixture
+def on_a_disk_of(daemon, tmp_path):
+    """Starts a daemon whose state directory is on a file system of its own."""
+
+    def make(size, options):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", tmp_path], check=False).returncode:
+            pytest.fail("no tmpfs can be mounted")
+        one = daemon(options, start=False)
+        one.options = one.options.replace(f"state={one.state}", f"state={tmp_path}/state")
+        one.state = f"{tmp_path}/state"
+        made.append(one)
+        return one.start()
+
+    made = []
+    yield make
+    for one in made:
+        if one.running():
+            for name in one.vms():
+                os.rmdir(one.vm(name))
+        one.stop()
+        for pid in one.qemus():
+            harness.kill_and_wait(pid)
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 @pytest.fixture(autouse=True)
 def no_client_left():
     """No process of a test is left waiting."""

@@ -604,6 +604,19 @@ def copy_templates(state, copy=os.link):
     shutil.copytree(made, os.path.join(state, "templates"), copy_function=copy)
 
 
+@contextlib.contextmanager
+def full_disk(one):
+    """The file system of its state directory has no byte left."""
+    ballast = os.path.join(os.path.dirname(one.state), "ballast")
+    with open(ballast, "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    try:
+        yield
+    finally:
+        os.unlink(ballast)
+
+
 def children(pid):
     """Ids of all processes that come from this one."""
     parents = {}

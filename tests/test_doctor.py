@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from harness import (
     kill_and_wait,
     make_jail,
     mount_line,
+    pid_alive,
     process_state,
     read,
     read_bytes,
@@ -211,7 +213,7 @@ def test_a_lock_is_looked_at_and_not_taken(daemon):
         timeout=60,
     )
     assert b"no daemon does" in done.stdout, done
-    calls = read(trace)
+    calls = "\n".join(line for line in read(trace).splitlines() if "/vmsfs-trial." not in line)  # its own folder
     assert "exited with" in calls
     for call in ("flock(", "F_SETLK", "unlink", "rename(", "umount2("):
         assert call not in calls
@@ -368,25 +370,163 @@ def test_a_missing_qemu_is_told_with_its_package(state, tmp_path):
     assert found["status"] == "failed" and "apt install qemu-system-x86" in found["found"]
 
 
-def test_kvm_is_what_the_backend_says(state):
-    """A CPU with the flag and a /dev/kvm that can be opened; then without either."""
-    told = report(state, env={"VMSFS_KVM": "no"}).one("kvm")
-    assert told["status"] == "warning" and told["remedy"] == "unset it"
-    flag = "printf 'flags : fpu vmx\\n' > {0}/cpu; mount --bind {0}/cpu /proc/cpuinfo"
-    none = "printf 'flags : fpu vmx_not\\n' > {0}/cpu; mount --bind {0}/cpu /proc/cpuinfo"
-    device = "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/fuse c 10 229"
-    place = os.path.dirname(state)
+CPU_WITH = "printf 'flags : fpu vmx\\n' > {0}/cpu; mount --bind {0}/cpu /proc/cpuinfo"
+CPU_WITHOUT = "printf 'flags : fpu vmx_not\\n' > {0}/cpu; mount --bind {0}/cpu /proc/cpuinfo"
+NO_DEVICE = "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/fuse c 10 229; ln -s /proc/self/fd /dev/fd"
+DEVICE = NO_DEVICE + "; cp -a /dev/null /dev/kvm"
 
-    def kvm(*scripts):
-        found = report(state, before=in_namespace("\n".join(scripts).format(place)))
-        return found.one("kvm"), found.one("backend")
+# A QEMU whose guest does what the file beside it says.
+FAKE_QEMU = """#!/usr/bin/python3
+import json, os, re, socket, sys, time
+if "--version" in sys.argv:
+    sys.exit(print("QEMU emulator version 7.2.22 (a fake)"))
+here = os.path.dirname(os.path.abspath(__file__))
+with open(here + "/started", "a") as f:
+    f.write(json.dumps([os.getpid(), sys.argv]) + "\\n")
+(console,) = [word for word in sys.argv if word.startswith("file,id=serial0,path=")]
+console = open(console.split("path=")[1].split(",")[0], "a")
+how = open(here + "/how").read()
+if how == "boots":
+    console.write("[    0.776544] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\\n")
+elif how == "ends":
+    sys.exit("KVM: entry failed, hardware error 0x80000021")
+console.write("Booting the kernel.\\n")
+console.flush()
+client = socket.socket(fileno=3).accept()[0]
+client.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\\r\\n')
+while request := client.recv(65536):
+    for number in re.findall(rb'"id": ?(\\d+)', request):
+        client.sendall(b'{"return": "TCP[HOST_FORWARD] 5 127.0.0.1 40000 10.0.2.15 22 0 0", "id": ' + number + b"}\\r\\n")
+time.sleep(600)
+"""
 
-    usable, backend = kvm(flag, device, "cp -a /dev/null /dev/kvm")
-    assert usable["status"] == "ok" and "with KVM" in backend["found"]
-    missing, backend = kvm(flag, device)
+
+class Kvm:
+    """A host with such a CPU, such a device, and a QEMU that boots or does not."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.bin = os.path.join(folder, "bin")
+        os.mkdir(self.bin)
+        os.mkdir(os.path.join(folder, "tmp"))
+        with open(self.bin + "/qemu-system-x86_64", "w", encoding="ascii") as f:
+            f.write(FAKE_QEMU)
+        os.chmod(self.bin + "/qemu-system-x86_64", 0o755)
+
+    def argv(self, scripts, how, *options):
+        with open(self.bin + "/how", "w", encoding="ascii") as f:
+            f.write(how)
+        words = ",".join([f"state={self.folder}/state", f"images={IMAGES}", *options])
+        return in_namespace("\n".join(scripts).format(self.folder)) + [VMSFS, "doctor", "--json", "-o", words]
+
+    def env(self, extra=None):
+        extra = {"PATH": f"{self.bin}:{environment()['PATH']}", "TMPDIR": f"{self.folder}/tmp", **(extra or {})}
+        return environment(extra)
+
+    def report(self, *scripts, how="boots", options=(), env=None):
+        done = subprocess.run(
+            self.argv(scripts, how, *options), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=self.env(env)
+        )
+        found = Report(done)
+        assert os.listdir(self.folder + "/tmp") == []
+        assert not any(pid_alive(pid) for pid, _ in self.started())
+        return found.one("kvm"), found.one("backend"), found
+
+    def started(self):
+        if not os.path.exists(self.bin + "/started"):
+            return []
+        return [json.loads(line) for line in read(self.bin + "/started").splitlines()]
+
+
+@pytest.fixture
+def kvm(tmp_path):
+    return Kvm(str(tmp_path))
+
+
+def test_kvm_is_said_to_work_when_a_kernel_has_booted_with_it(kvm):
+    usable, backend, _ = kvm.report(CPU_WITH, DEVICE)
+    assert usable["status"] == "ok" and re.search(r"the kernel of tiny boots with KVM, in \d+ ms$", usable["found"])
+    assert "with KVM" in backend["found"]
+    ((_, argv),) = kvm.started()
+    assert argv[argv.index("-accel") + 1] == "kvm" and argv[argv.index("-cpu") + 1] == "host"
+    assert argv[argv.index("-kernel") + 1] == f"{IMAGES}/tiny/vmlinuz" and "-initrd" not in argv
+
+
+@pytest.mark.parametrize(
+    "how, words", [("ends", "exit status 1); its last words: KVM: entry failed"), ("hangs", "has not come up within 15 s")]
+)
+def test_kvm_that_boots_no_kernel_has_failed(kvm, how, words):
+    with takes_at_most(40, "doctor"):
+        useless, backend, found = kvm.report(CPU_WITH, DEVICE, how=how)
+    assert useless["status"] == "failed" and words in useless["found"] and "VMSFS_KVM=no" in useless["remedy"]
+    assert found.done.returncode == 1 and "with KVM" in backend["found"]
+    assert len(kvm.started()) == 1
+
+
+def test_kvm_that_could_not_be_tried_is_no_kvm_that_works(kvm):
+    untried, _, _ = kvm.report(CPU_WITH, DEVICE, options=["image=nothing"])
+    assert untried["status"] == "warning" and "could not be tried" in untried["found"] and '"nothing"' in untried["found"]
+    for options, env in ((["backend=attach"], None), ([], {"VMSFS_KVM": "no"})):
+        kvm.report(CPU_WITH, DEVICE, options=options, env=env)
+    assert kvm.started() == []
+
+
+def test_without_kvm_it_is_told_what_is_missing(kvm):
+    missing, backend, _ = kvm.report(CPU_WITH, NO_DEVICE)
     assert missing["status"] == "warning" and "kvm_intel" in missing["remedy"] and "without KVM" in backend["found"]
-    absent, backend = kvm(none, device, "cp -a /dev/null /dev/kvm")
+    absent, backend, _ = kvm.report(CPU_WITHOUT, NO_DEVICE)
     assert absent["status"] == "warning" and "firmware" in absent["remedy"] and "without KVM" in backend["found"]
+    assert "/dev/kvm" not in absent["found"] and kvm.started() == []
+    told, _, _ = kvm.report(CPU_WITH, DEVICE, env={"VMSFS_KVM": "no"})
+    assert told["status"] == "warning" and told["remedy"] == "unset it"
+
+
+def test_a_device_that_opens_on_a_cpu_without_the_flag_is_tried(kvm):
+    useless, backend, _ = kvm.report(CPU_WITHOUT, DEVICE, how="ends")
+    assert useless["status"] == "warning" and "firmware" in useless["remedy"] and "without KVM" in backend["found"]
+    assert "does not boot with it: QEMU ended (exit status 1); its last words: KVM: entry failed" in useless["found"]
+    unused, backend, _ = kvm.report(CPU_WITHOUT, DEVICE, how="boots")
+    assert unused["status"] == "warning" and "VMSFS_KVM=yes" in unused["remedy"] and "without KVM" in backend["found"]
+    assert "but the kernel of tiny boots with KVM" in unused["found"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_doctor_that_is_killed_leaves_no_qemu(kvm, number):
+    argv = kvm.argv([CPU_WITH, DEVICE], "hangs")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=kvm.env()) as doctor:
+        ((pid, _),) = wait_for(kvm.started, "a kernel is being tried")
+        assert pid_alive(pid)
+        doctor.send_signal(number)
+        assert doctor.stdout.read() == b""
+    assert doctor.returncode == -number
+    wait_for(lambda: not pid_alive(pid), "QEMU is gone")
+    assert number == signal.SIGKILL or os.listdir(kvm.folder + "/tmp") == []
+
+
+def boots_by_hand():
+    """Does the kernel of tiny boot with KVM, as somebody would try it himself?"""
+    kernel = ["-kernel", f"{IMAGES}/tiny/vmlinuz", "-append", "console=ttyS0 panic=-1 quiet", "-no-reboot", "-m", "128"]
+    try:
+        done = subprocess.run(
+            ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-serial", "stdio", "-accel", "kvm", "-cpu", "host", *kernel],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=15, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (1, 1)),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+    return b"Kernel panic - not syncing: VFS" in done.stdout
+
+
+def test_the_kvm_of_this_host_is_what_qemu_makes_of_it(state):
+    """The real one: on a host where it opens and boots nothing, too."""
+    boots = boots_by_hand()
+    forced = report(state, env={"VMSFS_KVM": "yes"}).one("kvm")
+    assert forced["status"] == ("ok" if boots else "failed"), forced
+    found = report(state).one("kvm")
+    assert (found["status"] == "ok") <= boots
+    if not boots:
+        assert "does not boot with it" in forced["found"]
+        opens = subprocess.run(["sh", "-c", ": <> /dev/kvm"], stderr=subprocess.DEVNULL).returncode == 0
+        assert not opens or "does not boot with it" in found["found"]
 
 
 def test_a_loopback_that_is_down_is_told(state):

@@ -268,7 +268,7 @@ def test_a_handle_that_has_refused_a_piece_takes_no_other_until_it_is_emptied(vm
     assert vm.value("SAME") == b"good "
 
 
-@pytest.mark.parametrize("size, fits", [(131072 - len("LATER"), True), (131073 - len("LATER"), False)])
+@pytest.mark.parametrize("size, fits", [(131072 - len("LATER=") - 1, True), (131073 - len("LATER=") - 1, False)])
 def test_too_large_in_a_later_piece_is_refused_there(vm, size, fits):
     fd = os.open(vm.env("LATER"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
@@ -325,17 +325,23 @@ def test_a_truncation_after_it_does(vm):
     wait_for(lambda: vm.value("HELD") == b"", "the newer truncation")
 
 
-def test_a_value_takes_131072_bytes_with_its_key(vm):
-    write(vm.env("LIMIT"), b"x" * (131072 - len("LIMIT=") - 1))
-    assert len(vm.value("LIMIT")) == 131072 - len("LIMIT=") - 1
-    with refused("EFBIG"):
-        write(vm.env("LIMIT"), b"y" * 131073)
-    assert vm.value("LIMIT")[:3] == b"xxx"
-    assert len(read_bytes(vm.env("LIMIT"))) == 131072 - len("LIMIT=") - 1
-    with refused("EFBIG"):
-        write(vm.env("LIMIT"), b"y" * 131072)
-    assert read_bytes(vm.env("LIMIT"))[:3] == b"xxx"
-    os.unlink(vm.env("LIMIT"))
+def test_a_value_is_as_long_as_a_program_can_be_started_with(vm):
+    """execve(2) takes 131,072 bytes for KEY=value and the NUL behind it; with one more no command would run any more."""
+    most = 131072 - len("LIMIT=") - 1
+    write(vm.env("LIMIT"), b"x" * most + b"\n")
+    try:
+        assert len(vm.value("LIMIT")) == most
+        assert b"LIMIT=" + b"x" * most + b"\n" in vm.exec("/bin/busybox env")
+        for longer in (b"y" * (most + 1), b"y" * 131073, b"y" * most + b"\n\n"):
+            with refused("EFBIG"):
+                write(vm.env("LIMIT"), longer)
+            assert f"{most} bytes" in vm.error() and "env/LIMIT" in vm.error()
+        with refused("EFBIG"), open(vm / "environ", "ab", buffering=0) as f:
+            f.write(b"LIMIT=" + b"y" * (most + 1) + b"\n")
+        assert vm.value("LIMIT")[:3] == b"xxx"
+        assert read_bytes(vm.env("LIMIT")) == b"x" * most + b"\n"
+    finally:
+        os.unlink(vm.env("LIMIT"))
 
 
 def test_too_large_a_copy_fails_in_the_shell(vm, tmp_path):

@@ -647,6 +647,41 @@ def test_its_own_variables_win_and_are_those_of_the_start(vm):
         os.unlink(vm.env("JOB_B"))
 
 
+def test_a_started_job_takes_no_change_of_its_variables(vm, job):
+    write(job / "env/BEFORE", "x")
+    fd = os.open(job / "env/BEFORE", os.O_WRONLY)
+    assert job.start("echo $BEFORE").exit() == "0"
+    try:
+        with refused("EBUSY"):
+            os.write(fd, b"y")
+        with refused("EBUSY"):
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+    with refused("EBUSY"):
+        write(job / "env/BEFORE", "y")
+    with refused("EBUSY"):
+        write(job / "env/AFTER", "y")
+    with refused("EBUSY"):
+        os.rename(job / "env/BEFORE", job / "env/AFTER")
+    assert "started already" in read(job / "error")
+    assert job.out() == b"x\n" and read(job / "env/BEFORE") == "x"
+
+
+def test_a_variable_of_a_job_is_as_long_as_a_program_can_be_started_with(vm, job):
+    most = 131072 - len("LONG=") - 1
+    write(job / "env/LONG", b"x" * most + b"\n")
+    with refused("EFBIG"):
+        write(job / "env/LONG", b"x" * (most + 1))
+    assert f"jobs/{job.name}/env/LONG" in vm.error() and str(most) in read(job / "error")
+    write(job / "env/.tmp", b"x" * (most + 1))  # no variable yet
+    with refused("EFBIG"):
+        os.rename(job / "env/.tmp", job / "env/LONG")
+    write(job / "env/LONG", b"x" * most + b"\n")
+    assert job.argv("/bin/busybox", "env").exit() == "0"
+    assert b"LONG=" + b"x" * most + b"\n" in job.out()
+
+
 def test_tools_work_on_its_variables(vm, job):
     done = sh(
         f"cd '{job / 'env'}' && echo info > LEVEL && sed -i s/info/debug/ LEVEL && cp LEVEL COPY && mv COPY MOVED && "

@@ -14,7 +14,7 @@ from harness import (
     RUN,
     Client,
     environment,
-    kill_and_wait,
+    full_disk,
     mount_line,
     pid_alive,
     read,
@@ -450,44 +450,6 @@ def test_a_damaged_record_of_what_is_prepared_is_kept(daemon, place):
     assert set(os.listdir(one.mount)) == {".defaults", ".new"} and os.listdir(one.vm(".new")) == ["ci"]
     assert "unreadable" in " ".join(os.listdir(f"{one.state}/{place}"))
     assert "record" in read(one.vm(("." + place) + "/error"))
-
-
-@pytest.fixture
-def on_a_disk_of(daemon, tmp_path):
-    """Starts a daemon whose state directory is on a file system of its own."""
-
-    def make(size, options):
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", tmp_path], check=False).returncode:
-            pytest.fail("no tmpfs can be mounted")
-        one = daemon(options, start=False)
-        one.options = one.options.replace(f"state={one.state}", f"state={tmp_path}/state")
-        one.state = f"{tmp_path}/state"
-        made.append(one)
-        return one.start()
-
-    made = []
-    yield make
-    for one in made:
-        if one.running():
-            for name in one.vms():
-                os.rmdir(one.vm(name))
-        one.stop()
-        for pid in one.qemus():
-            kill_and_wait(pid)
-        subprocess.run(["umount", "-l", tmp_path], check=True)
-
-
-@contextlib.contextmanager
-def full_disk(one):
-    """The file system of its state directory has no byte left."""
-    ballast = os.path.join(os.path.dirname(one.state), "ballast")
-    with open(ballast, "wb", buffering=0) as f, contextlib.suppress(OSError):
-        while True:
-            f.write(bytes(4096))
-    try:
-        yield
-    finally:
-        os.unlink(ballast)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 
 /* `vmsfs doctor`: looks for what keeps VMs from working here, and says for each thing what was
  * found and what to do about it. It changes nothing, holds no lock, and waits for nobody longer
- * than a few seconds; a daemon that runs is not disturbed. */
+ * than a few seconds (for a kernel that does not boot, 15); a daemon that runs is not disturbed. */
 
 /* Its exit status: nothing has failed, something has, the command line is wrong. */
 enum { DOCTOR_HEALTHY = 0, DOCTOR_FAILED = 1, DOCTOR_USAGE = 2 };

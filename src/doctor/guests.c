@@ -1,13 +1,19 @@
 #include <dirent.h>
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "doctor/internal.h"
 #include "util/cleanup.h"
+#include "vm/boot.h"
 #include "vm/image.h"
 #include "vmm/host.h"
+#include "vmm/trial.h"
 #include "vmm/vmm.h"
 
 /* What guests are made of: backend, KVM, images. */
+
+#define KVM_TRIAL_MS 15000 /* many times what a kernel takes with KVM */
 
 /* With machines that exist already nothing is booted. */
 static bool boots_guests(const struct doctor *d) {
@@ -27,22 +33,99 @@ void doctor_check_backend(struct doctor *d) {
         doctor_find(d, "backend", DOCTOR_OK, NULL, "%s: %s", backend->name, why ? why : "works");
 }
 
-void doctor_check_kvm(struct doctor *d) {
+/* Boots the kernel that new VMs start with, as they would be started with VMSFS_KVM=yes. As
+ * vmm_trial(). */
+static int kvm_try(const struct doctor *d, unsigned *ret_ms, char **ret_why) {
+    const struct vm_config *settings = &d->settings->config;
+    cleanup_buf struct buf boot_args = {0};
+    cleanup_free char *note = NULL;
+    const struct vmm_ops *backend;
+    struct vmm_config config;
+    struct image image;
+    if (image_open(d->settings, settings->image, &image, ret_why) < 0)
+        return -ENOENT;
+    boot_configure(d->settings, settings, &image, &boot_args, &config);
+    int status =
+        boot_args.failed ? boot_args.failed : vmm_find(settings->backend, &config, &backend, &note);
+    if (status < 0)
+        *ret_why = note, note = NULL;
+    else
+        status = vmm_trial(backend, &config, KVM_TRIAL_MS, ret_ms, ret_why);
+    image_close(&image);
+    return status;
+}
+
+/* The same, whatever the CPU and the environment say. */
+static int kvm_try_anyway(const struct doctor *d, unsigned *ret_ms, char **ret_why) {
+    const char *told = getenv("VMSFS_KVM");
+    cleanup_free char *before = told ? strdup(told) : NULL;
+    setenv("VMSFS_KVM", "yes", 1);
+    int status = kvm_try(d, ret_ms, ret_why);
+    if (before)
+        setenv("VMSFS_KVM", before, 1);
+    else
+        unsetenv("VMSFS_KVM");
+    return status;
+}
+
+/* It is promised: whether it is true decides whether new VMs boot. */
+static void kvm_check_promise(struct doctor *d) {
+    const char *image = d->settings->config.image;
+    cleanup_free char *why = NULL;
+    unsigned ms = 0;
+    int status = kvm_try_anyway(d, &ms, &why);
+    if (status == 0)
+        doctor_find(d, "kvm", DOCTOR_OK, NULL,
+                    "guests run on the CPU itself: the kernel of %s boots with KVM, in %u ms",
+                    image, ms);
+    else if (status == -ENODEV)
+        doctor_find(d, "kvm", DOCTOR_BROKEN,
+                    "start the daemon with VMSFS_KVM=no in its environment: guests are emulated "
+                    "then",
+                    "KVM is there, and the kernel of %s does not boot with it: %s", image,
+                    why ? why : "no memory");
+    else
+        doctor_find(d, "kvm", DOCTOR_WARNING, "mend that, and ask again",
+                    "KVM is there; whether a kernel boots with it could not be tried: %s",
+                    why ? why : strerror(-status));
+}
+
+/* Guests are emulated; is there reason to? */
+static void kvm_check_refusal(struct doctor *d, const char *why) {
     static const char virtualize[] = "enable virtualization in the firmware, or nested "
                                      "virtualization where this machine is a guest itself";
-    const char *why = "";
-    if (host_has_kvm(&why)) {
-        doctor_find(d, "kvm", DOCTOR_OK, NULL, "guests run on the CPU itself");
-        return;
-    }
+    const char *image = d->settings->config.image;
     const char *comma = strstr(why, ", "); /* what to do about it stands behind */
-    bool matters = boots_guests(d);
-    doctor_find(d, "kvm", matters ? DOCTOR_WARNING : DOCTOR_OK,
-                !matters ? NULL
-                : comma  ? comma + 2
-                         : virtualize,
-                "guests are emulated, several times slower: %.*s",
-                (int)(comma ? (size_t)(comma - why) : strlen(why)), why);
+    int length = (int)(comma ? (size_t)(comma - why) : strlen(why));
+    const char *remedy = comma ? comma + 2 : virtualize;
+    cleanup_free char *trial = NULL;
+    unsigned ms = 0;
+    int status = comma || !host_kvm_opens() ? -ENOENT : kvm_try_anyway(d, &ms, &trial);
+    if (status == 0)
+        doctor_find(d, "kvm", DOCTOR_WARNING,
+                    "start the daemon with VMSFS_KVM=yes in its environment",
+                    "guests are emulated, several times slower: %.*s; but the kernel of %s boots "
+                    "with KVM, in %u ms",
+                    length, why, image, ms);
+    else if (status == -ENODEV)
+        doctor_find(d, "kvm", DOCTOR_WARNING, remedy,
+                    "guests are emulated, several times slower: %.*s; /dev/kvm can be opened, but "
+                    "the kernel of %s does not boot with it: %s",
+                    length, why, image, trial ? trial : "no memory");
+    else
+        doctor_find(d, "kvm", DOCTOR_WARNING, remedy,
+                    "guests are emulated, several times slower: %.*s", length, why);
+}
+
+void doctor_check_kvm(struct doctor *d) {
+    const char *why = "";
+    bool kvm = host_has_kvm(&why);
+    if (!boots_guests(d))
+        doctor_find(d, "kvm", DOCTOR_OK, NULL, "not needed for machines that exist already");
+    else if (kvm)
+        kvm_check_promise(d);
+    else
+        kvm_check_refusal(d, why);
 }
 
 static void doctor_check_image(struct doctor *d, const char *name, bool wanted) {

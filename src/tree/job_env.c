@@ -67,6 +67,7 @@ static void jobenv_rename(struct node *dir, const char *name, struct node *new_d
                           const char *new_name, unsigned flags, struct request *rq) {
     struct job *job = job_of(dir);
     struct scratch *scratch = job->removed ? NULL : scratch_find(job->env, name);
+    struct scratch *there = job->removed ? NULL : scratch_find(job->env, new_name);
     int r = 0;
     if (new_dir != dir)
         r = -ERR_CROSS_DEVICE;
@@ -74,6 +75,10 @@ static void jobenv_rename(struct node *dir, const char *name, struct node *new_d
         r = -ERR_NOT_FOUND;
     else if (env_name_is_valid(new_name, strlen(new_name)))
         r = jobenv_check(dir, new_name, 0);
+    if (r == 0 && scratch)
+        r = scratch_check_guard(scratch, new_name);
+    if (r == 0 && there && (flags & RENAME_EXCHANGE))
+        r = scratch_check_guard(there, name);
     if (r < 0)
         request_answer(rq, r);
     else

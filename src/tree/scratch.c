@@ -80,17 +80,19 @@ struct scratch_handle {
     size_t writing;          /* bytes of a WRITE that waits for its verdict */
 };
 
-static struct scratch_handle *scratch_handle_new(struct node *node, int flags) {
-    struct scratch_handle *h = calloc(1, sizeof *h);
+static int scratch_handle_new(struct node *node, int flags, struct scratch_handle **ret_handle) {
+    struct scratch *scratch = node->object;
+    bool empties = (flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY;
+    int r = empties ? scratch_resize(scratch, 0) : 0;
+    struct scratch_handle *h = r == 0 ? calloc(1, sizeof *h) : NULL;
     if (!h)
-        return NULL;
+        return r < 0 ? r : -ERR_NO_MEMORY;
     handle_init(&h->handle, node, flags);
-    h->scratch = scratch_ref(node->object);
+    h->scratch = scratch_ref(scratch);
     h->scratch->open++;
     scratch_use(h->scratch);
-    if ((flags & O_TRUNC) && (flags & O_ACCMODE) != O_RDONLY)
-        scratch_resize(h->scratch, 0);
-    return h;
+    *ret_handle = h;
+    return 0;
 }
 
 void scratch_create(struct node *dir, struct scratches *table, const char *name, int flags,
@@ -106,14 +108,15 @@ void scratch_create(struct node *dir, struct scratches *table, const char *name,
         return;
     }
     struct node *node = scratch_node(dir, scratch);
-    struct scratch_handle *h = node ? scratch_handle_new(node, flags) : NULL;
-    if (h) {
+    struct scratch_handle *h = NULL;
+    r = node ? scratch_handle_new(node, flags, &h) : -ERR_NO_MEMORY;
+    if (r == 0) {
         request_answer_created(rq, node, &h->handle);
         return;
     }
     if (node)
         node_unref(node);
-    request_answer(rq, -ERR_NO_MEMORY);
+    request_answer(rq, r);
 }
 
 void scratch_mkdir(struct node *dir, struct scratches *table, const char *name, mode_t mode,
@@ -183,24 +186,17 @@ void scratch_rename_node(struct node *dir, struct scratches *table, struct scrat
 }
 
 static void scratch_open(struct node *node, int flags, struct request *rq) {
-    struct scratch_handle *h = scratch_handle_new(node, flags);
-    if (h)
+    struct scratch_handle *h;
+    int r = scratch_handle_new(node, flags, &h);
+    if (r == 0)
         request_answer_opened(rq, &h->handle);
     else
-        request_answer(rq, -ERR_NO_MEMORY);
+        request_answer(rq, r);
 }
 
 static void scratch_read(struct handle *handle, size_t length, off_t offset, struct request *rq) {
     struct scratch_handle *h = (struct scratch_handle *)handle;
     buf_answer_read(&h->scratch->content, length, offset, rq);
-}
-
-static int scratch_explain(struct node *node, int status) {
-    if (status == -ERR_TOO_LARGE || status == -ERR_NO_ROOM)
-        vm_fail(node->vm, status,
-                "a temporary file takes %d bytes at most, all of a directory together %d",
-                SCRATCH_FILE_LIMIT, SCRATCH_BYTES_LIMIT);
-    return status;
 }
 
 static void scratch_written(void *arg, int status, struct request *rq) {
@@ -217,7 +213,7 @@ static void scratch_write_file(struct handle *handle, const char *data, size_t l
     struct node *node = handle->node;
     if (handle->flags & O_APPEND)
         offset = (off_t)scratch->content.len;
-    int r = scratch_explain(node, scratch_write(scratch, data, length, offset));
+    int r = scratch_write(scratch, data, length, offset);
     if (r == 0 && node->ops == &setting_ops && !node->removed) { /* renamed onto a setting */
         ((struct scratch_handle *)handle)->writing = length;
         setting_commit(node, node->name, &scratch->content, scratch_written, handle, rq);
@@ -244,7 +240,7 @@ void scratch_write_astray(struct handle *handle, const char *data, size_t length
     struct scratch *scratch = node->ops == &scratch_file_ops ? node->object : NULL;
     if (scratch && (handle->flags & O_APPEND))
         offset = (off_t)scratch->content.len;
-    int r = scratch ? scratch_explain(node, scratch_write(scratch, data, length, offset)) : 0;
+    int r = scratch ? scratch_write(scratch, data, length, offset) : 0;
     if (r < 0)
         request_answer(rq, r);
     else
@@ -267,7 +263,7 @@ static void scratch_setattr(struct node *node, struct handle *handle, const stru
                                   : node->object;
     int r = 0;
     if (mask & NODE_SET_SIZE)
-        r = scratch_explain(node, scratch_resize(scratch, want->st_size));
+        r = scratch_resize(scratch, want->st_size);
     node_set_look(&scratch->look, want, mask); /* its time after the change of size */
     if (r < 0)
         request_answer(rq, r);

@@ -30,6 +30,12 @@ const char *error_text(int status) {
     return status == 0 ? "success" : strerror(-status);
 }
 
+int error_of_host(int status) {
+    if (status == -ENOSPC || status == -EDQUOT)
+        return -ERR_NO_ROOM;
+    return status < 0 ? -ERR_IO : 0;
+}
+
 int error_explain(int status, char **ret_why, const char *format, ...) {
     struct buf why = {0};
     va_list args;

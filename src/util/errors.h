@@ -42,6 +42,10 @@ enum error_condition { ERRORS(ERRORS_CONSTANT) };
  */
 int error_to_user(int status);
 
+/* What -errno of a file of the host comes to for the user: no room for it, or that it cannot be
+ * written; whichever else it is says nothing about the tree. 0 stays. */
+int error_of_host(int status);
+
 /* What a status (0 or negative) means, in a few words. */
 const char *error_text(int status);
 

@@ -8,6 +8,7 @@
 #include "util/cleanup.h"
 #include "util/errors.h"
 #include "util/log.h"
+#include "vm/vars.h"
 
 /* The jobs of a VM. What runs in the guest is a struct command; here is what comes before it, after
  * it, and around it. */
@@ -115,6 +116,24 @@ void job_set_serial(struct job *job, uint64_t serial) {
         jobs->last_number = serial;
 }
 
+/* Of its variables: once it has been started they count for nothing, and what no program can be
+ * started with would be found out too late. */
+static int job_guard_env(void *arg, const char *name, size_t length, bool newline) {
+    struct job *job = arg;
+    int r = 0;
+    if (job->command)
+        r = vm_fail(job->vm, -ERR_BUSY, "jobs/%s/env/%s: this job has been started already",
+                    job->name, name);
+    else if (env_name_is_valid(name, strlen(name)) && !var_fits(name, length, newline))
+        r = vm_fail(job->vm, -ERR_TOO_LARGE,
+                    "jobs/%s/env/%s: a value takes %zu bytes at most, so that a program can be "
+                    "started with it",
+                    job->name, name, var_value_limit(name));
+    if (r < 0)
+        job_keep_error(job);
+    return r;
+}
+
 int job_make(struct jobs *jobs, const char *name, struct job **ret_job) {
     struct vm *vm = jobs->vm;
     char number[24];
@@ -149,6 +168,7 @@ int job_make(struct jobs *jobs, const char *name, struct job **ret_job) {
         return -ERR_NO_MEMORY;
     }
     scratches_keep(job->env);
+    scratches_guard(job->env, job_guard_env, job);
     list_init(&job->finished);
     list_init(&job->waits);
     list_init(&job->input_waits);

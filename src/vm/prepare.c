@@ -107,7 +107,7 @@ int prepare_rename(struct vm *vm, const char *name) {
     else if (!dir || !id)
         r = -ERR_NO_MEMORY;
     else if (rename(vm->dir, dir) < 0)
-        r = -errno;
+        r = error_of_host(-errno);
     if (r < 0) {
         free(dir);
         free(id);

@@ -120,9 +120,7 @@ static void record_due(uv_timer_t *timer);
 static void record_written(uv_work_t *work, int status) {
     struct record_writing *w = work->data;
     struct vm *vm = w->vm;
-    int verdict = w->status == -ENOSPC || w->status == -EDQUOT ? -ERR_NO_ROOM
-                  : w->status < 0                              ? -ERR_IO
-                                                               : 0;
+    int verdict = error_of_host(w->status);
     (void)status;
     vm->saving = false;
     if (w->status == 0)
@@ -164,7 +162,7 @@ int record_begin(struct vm *vm) {
     int r = fs_replace_fast(path, 0600, text, strlen(text));
     if (r == 0)
         vm->recorded = record_state(vm);
-    return r == -EDQUOT ? -ERR_NO_ROOM : r;
+    return error_of_host(r);
 }
 
 static void record_start(struct vm *vm) {

@@ -130,7 +130,7 @@ struct vm *vm_make(struct daemon *d, const char *id, int *ret_status) {
     if (asprintf(&dir, "%s/trash/%llu", d->settings.state_dir, (unsigned long long)number) < 0)
         return NULL;
     if (mkdir(dir, 0700) < 0) {
-        *ret_status = -errno;
+        *ret_status = error_of_host(-errno);
         log_error("cannot make %s: %s", dir, strerror(errno));
         return NULL;
     }
@@ -144,7 +144,7 @@ int vm_settle_in(struct vm *vm, const char *dir) {
     char *copy = strdup(dir);
     int r = copy ? record_begin(vm) : -ERR_NO_MEMORY;
     if (r == 0 && rename(vm->dir, dir) < 0) {
-        r = -errno;
+        r = error_of_host(-errno);
         log_error("cannot make %s: %s", dir, strerror(errno));
     }
     if (r < 0) {

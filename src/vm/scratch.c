@@ -12,6 +12,8 @@ struct scratches {
     struct scratch_index index;
     size_t count, bytes;
     bool kept;
+    scratch_guard *guard; /* NULL: anything goes */
+    void *guard_arg;
     uv_timer_t *timer; /* expiry; runs while there is something */
 };
 
@@ -48,6 +50,11 @@ void scratches_free(struct scratches *table) {
 
 void scratches_keep(struct scratches *table) {
     table->kept = true;
+}
+
+void scratches_guard(struct scratches *table, scratch_guard *guard, void *arg) {
+    table->guard = guard;
+    table->guard_arg = arg;
 }
 
 struct scratch_index *scratches_index(struct scratches *table) {
@@ -164,13 +171,33 @@ int scratch_rename(struct scratch *scratch, const char *new_name) {
 int scratch_check_room(const struct scratch *scratch, size_t size) {
     const struct scratches *table = scratch->table;
     size_t was = scratch->content.len;
-    if (size > SCRATCH_FILE_LIMIT)
-        return -ERR_TOO_LARGE;
-    return table && size > was && table->bytes + (size - was) > SCRATCH_BYTES_LIMIT ? -ERR_NO_ROOM
-                                                                                    : 0;
+    int r = size > SCRATCH_FILE_LIMIT ? -ERR_TOO_LARGE
+            : table && size > was && table->bytes + (size - was) > SCRATCH_BYTES_LIMIT
+                ? -ERR_NO_ROOM
+                : 0;
+    return r == 0 || !table
+               ? r
+               : vm_fail(table->vm, r,
+                         "a temporary file takes %d bytes at most, all of a directory together %d",
+                         SCRATCH_FILE_LIMIT, SCRATCH_BYTES_LIMIT);
 }
 
-int scratch_resize(struct scratch *scratch, off_t size) {
+static int scratch_ask_guard(const struct scratch *scratch, const char *name, size_t length,
+                             char last) {
+    const struct scratches *table = scratch->table;
+    return table && table->guard
+               ? table->guard(table->guard_arg, name, length, length && last == '\n')
+               : 0;
+}
+
+int scratch_check_guard(const struct scratch *scratch, const char *name) {
+    const struct buf *content = &scratch->content;
+    return scratch_ask_guard(scratch, name, content->len,
+                             content->len ? content->data[content->len - 1] : '\0');
+}
+
+/* Without asking the guard. */
+static int scratch_set_size(struct scratch *scratch, off_t size) {
     struct scratches *table = scratch->table;
     struct buf *content = &scratch->content;
     size_t was = content->len;
@@ -194,11 +221,23 @@ int scratch_resize(struct scratch *scratch, off_t size) {
     return 0;
 }
 
+int scratch_resize(struct scratch *scratch, off_t size) {
+    const struct buf *content = &scratch->content;
+    char last = size > 0 && (size_t)size <= content->len ? content->data[size - 1] : '\0';
+    int r = size < 0 ? 0 : scratch_ask_guard(scratch, scratch->name, (size_t)size, last);
+    return r < 0 ? r : scratch_set_size(scratch, size);
+}
+
 int scratch_write(struct scratch *scratch, const char *data, size_t length, off_t offset) {
+    struct buf *content = &scratch->content;
     if (offset < 0 || offset > SCRATCH_FILE_LIMIT || length > SCRATCH_FILE_LIMIT)
-        return -ERR_TOO_LARGE;
+        return scratch_check_room(scratch, SCRATCH_FILE_LIMIT + 1);
     size_t end = (size_t)offset + length;
-    int r = end > scratch->content.len ? scratch_resize(scratch, (off_t)end) : 0;
+    bool grows = length && end >= content->len;
+    char last = grows ? data[length - 1] : content->len ? content->data[content->len - 1] : '\0';
+    int r = scratch_ask_guard(scratch, scratch->name, grows ? end : content->len, last);
+    if (r == 0 && end > content->len)
+        r = scratch_set_size(scratch, (off_t)end);
     if (r < 0)
         return r;
     if (length)

@@ -41,6 +41,10 @@ struct scratches *scratches_new(struct vm *vm);
 void scratches_free(struct scratches *table);
 /* What is in this table does not expire. */
 void scratches_keep(struct scratches *table);
+/* Asks `guard` before a file of this table is changed: 0, or -ERR_… with words in `error`. `length`
+ * bytes are what it would have then, `newline` whether the last of them is one. */
+typedef int scratch_guard(void *arg, const char *name, size_t length, bool newline);
+void scratches_guard(struct scratches *table, scratch_guard *guard, void *arg);
 struct scratch_index *scratches_index(struct scratches *table);
 
 /* Is this name by itself that of scratch: a leading . or #, a trailing ~? */
@@ -62,11 +66,13 @@ void scratch_remove(struct scratch *scratch);
 int scratch_rename(struct scratch *scratch, const char *new_name);
 
 /* Changes the content: `length` bytes at `offset`, filling a gap with NUL. -ERR_TOO_LARGE,
- * -ERR_NO_ROOM. */
+ * -ERR_NO_ROOM, what the guard says; `error` has the words. */
 int scratch_write(struct scratch *scratch, const char *data, size_t length, off_t offset);
 int scratch_resize(struct scratch *scratch, off_t size);
 /* Could it have this size? */
 int scratch_check_room(const struct scratch *scratch, size_t size);
+/* Could it be written to, or have another name, as it is? */
+int scratch_check_guard(const struct scratch *scratch, const char *name);
 
 struct scratch *scratch_ref(struct scratch *scratch);
 void scratch_unref(struct scratch *scratch);

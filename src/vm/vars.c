@@ -208,9 +208,12 @@ void vars_unset(struct vars *vars, const char *name) {
     vars_drop_unused(vars, var);
 }
 
+size_t var_value_limit(const char *name) {
+    return VAR_LIMIT - sizeof "=" - strlen(name); /* sizeof: with the NUL */
+}
+
 bool var_fits(const char *name, size_t length, bool newline) {
-    /* One more byte may be the newline that is not part of the value. */
-    return strlen(name) + length <= VAR_LIMIT + (size_t)newline;
+    return length <= var_value_limit(name) + (size_t)newline;
 }
 
 size_t var_value_length(const char *bytes, size_t length) {
@@ -485,7 +488,7 @@ int vars_preset(struct vars *vars, const char *name, const char *bytes, size_t l
     size_t was = var && var->set ? strlen(name) + var->length : 0;
     if (vars->vm->guest->name_is_reserved(name))
         return vars_refuse_reserved(vars->vm, name);
-    if (strlen(name) + var_value_length(bytes, length) > VAR_LIMIT)
+    if (!var_fits(name, var_value_length(bytes, length), false))
         return -ERR_TOO_LARGE;
     if (vars->total - was + strlen(name) + length > VARS_LIMIT)
         return -ERR_NO_ROOM;

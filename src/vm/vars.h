@@ -21,7 +21,9 @@
  *
  * A variable keeps the bytes that were written. Its value is those without one trailing newline. */
 
-#define VAR_LIMIT 131072     /* bytes of a value with its key */
+/* Bytes of `KEY=value` with the NUL behind it: what execve(2) takes as one string (MAX_ARG_STRLEN
+ * of Linux, 32 pages). A longer one would keep every program of the guest from being started. */
+#define VAR_LIMIT 131072
 #define VARS_LIMIT (1 << 20) /* bytes of all values with their keys */
 #define VAR_FRESH_MS 1000    /* how long what was learned from the guest is taken as true */
 
@@ -119,7 +121,11 @@ int vars_each(struct vars *vars,
 /* Length of the value: without one trailing newline. */
 size_t var_value_length(const char *bytes, size_t length);
 
-/* Is there room for a value of `length` bytes, whose last is a newline or not? */
+/* The most bytes that a value of this variable may have. */
+size_t var_value_limit(const char *name);
+
+/* Is there room for `length` bytes, the last of which is a newline, and then no part of the value,
+ * or not? */
 bool var_fits(const char *name, size_t length, bool newline);
 
 /* Say why a value is refused: a NUL byte, its length; or a name, which the guest's shells keep for

@@ -73,8 +73,10 @@ int vars_refuse_nul(struct vm *vm, const char *name) {
 }
 
 int vars_refuse_length(struct vm *vm, const char *name) {
-    return vm_fail(vm, -ERR_TOO_LARGE, "env/%s: a value takes %d bytes at most, with its name",
-                   name, VAR_LIMIT);
+    return vm_fail(
+        vm, -ERR_TOO_LARGE,
+        "env/%s: a value takes %zu bytes at most, so that a program can be started with it", name,
+        var_value_limit(name));
 }
 
 int vars_refuse_reserved(struct vm *vm, const char *name) {

@@ -69,6 +69,11 @@ static bool cpu_has_virtualization(void) {
     return found;
 }
 
+bool host_kvm_opens(void) {
+    cleanup_close int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    return fd >= 0;
+}
+
 bool host_has_kvm(const char **ret_why) {
     const char *told = getenv("VMSFS_KVM");
     const char *why = NULL;
@@ -79,12 +84,10 @@ bool host_has_kvm(const char **ret_why) {
     } else if (!cpu_has_virtualization()) {
         /* The flag first: /dev/kvm has been seen to open, and then to boot no stock kernel. */
         why = "the CPU shows neither vmx nor svm";
-    } else {
-        cleanup_close int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-        if (fd < 0)
-            why = errno == EACCES   ? "/dev/kvm: permission denied, join the group kvm"
-                  : errno == ENOENT ? "there is no /dev/kvm, load the module kvm_intel or kvm_amd"
-                                    : "/dev/kvm cannot be opened";
+    } else if (!host_kvm_opens()) {
+        why = errno == EACCES   ? "/dev/kvm: permission denied, join the group kvm"
+              : errno == ENOENT ? "there is no /dev/kvm, load the module kvm_intel or kvm_amd"
+                                : "/dev/kvm cannot be opened";
     }
     if (why && ret_why)
         *ret_why = why;

@@ -12,5 +12,8 @@ int host_find_program(const char *name, char **ret_path);
  * VMSFS_KVM=yes and VMSFS_KVM=no in the daemon's environment know better. */
 bool host_has_kvm(const char **ret_why);
 
+/* Can /dev/kvm be opened? That says little by itself. */
+bool host_kvm_opens(void);
+
 /* FOLDER/NAME; NULL: no memory. The caller frees it. */
 char *host_join(const char *folder, const char *name);

@@ -215,10 +215,37 @@ static int process_hand_down(posix_spawn_file_actions_t *actions, const int *cop
     return posix_spawn_file_actions_addclosefrom_np(actions, PROCESS_FD + count);
 }
 
+/* util-linux: it is part of every Debian. The program takes its place. */
+static const char *process_binder(void) {
+    static const char *const places[] = {"/usr/bin/setpriv", "/bin/setpriv"};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++)
+        if (access(places[i], X_OK) == 0)
+            return places[i];
+    return NULL;
+}
+
+/* The same argv behind the words of the binder; the caller frees the array. */
+static char **process_bind(const struct process_options *o, const char *binder) {
+    const char *words[] = {binder, "--pdeathsig", "KILL", "--", o->program};
+    size_t before = sizeof words / sizeof *words, count = 0;
+    while (o->argv[count])
+        count++;
+    char **argv = calloc(before + count, sizeof *argv); /* without its argv[0], with the NULL */
+    if (!argv)
+        return NULL;
+    memcpy(argv, words, sizeof words);
+    memcpy(argv + before, o->argv + 1, count * sizeof *argv);
+    return argv;
+}
+
 /* posix_spawn and not uv_spawn: it closes every other descriptor, those too that this daemon was
  * started with, and the end is told by the pidfd for children and adopted processes alike. */
 static int process_start_with(const struct process_options *o, const int *copies, int output,
                               int log, pid_t *ret_pid) {
+    const char *binder = o->transient ? process_binder() : NULL;
+    cleanup_free char **bound = binder ? process_bind(o, binder) : NULL;
+    if (o->transient && !bound)
+        return binder ? -ENOMEM : -ENOENT;
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t none, all;
@@ -241,7 +268,8 @@ static int process_start_with(const struct process_options *o, const int *copies
         (error = posix_spawn_file_actions_adddup2(&actions, log, 2)) ||
         (error = process_hand_down(&actions, copies)) ||
         (error = posix_spawn_file_actions_addchdir_np(&actions, "/")) ||
-        (error = posix_spawn(ret_pid, o->program, &actions, &attributes, o->argv, o->env)))
+        (error = posix_spawn(ret_pid, bound ? binder : o->program, &actions, &attributes,
+                             bound ? bound : o->argv, o->env)))
         log_debug("%s cannot be started: %s", o->program, strerror(error));
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);

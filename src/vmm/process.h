@@ -39,6 +39,7 @@ struct process_options {
     const char *output;   /* NULL, or stdout goes here, likewise */
     int fds[PROCESS_FDS]; /* become descriptors PROCESS_FD, …, the only ones above 2; -1: none */
     bool idle;            /* it runs when nobody else wants the CPU */
+    bool transient;       /* it is killed with the process that has started it, however that ends */
 };
 
 #define PROCESS_FD 3

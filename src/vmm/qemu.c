@@ -464,6 +464,7 @@ static int qemu_spawn(struct qemu *q, const struct vmm_config *config, int liste
         .env = env.items,
         .log = q->log,
         .fds = {listener, state},
+        .transient = config->transient,
     };
     return process_spawn(q->loop, &options, qemu_on_exited, q, &q->process);
 }

@@ -68,14 +68,6 @@ void qemu_command_print_path(struct buf *out, const char *prefix, const char *pa
     buf_append_str(out, suffix);
 }
 
-void qemu_command_add_words(struct qemu_command *c, ...) {
-    va_list words;
-    va_start(words, c);
-    for (const char *word; (word = va_arg(words, const char *));)
-        command_add(c, "%s", word);
-    va_end(words);
-}
-
 static void command_add_path(struct qemu_command *c, const char *prefix, const char *path,
                              const char *suffix) {
     cleanup_buf struct buf text = {0};

@@ -21,9 +21,6 @@ struct qemu_command {
 void qemu_command_free(struct qemu_command *command);
 #define cleanup_qemu_command __attribute__((cleanup(qemu_command_free)))
 
-/* Adds words, as they are, up to a NULL. */
-void qemu_command_add_words(struct qemu_command *command, ...) __attribute__((sentinel));
-
 /* The absolute path of QEMU: from PATH, or where distributions put it. -ENOENT: nowhere. The caller
  * frees it. */
 int qemu_program_find(char **ret_path);

@@ -170,39 +170,28 @@ static void qemu_template_release(struct vmm_template *t) {
     uv_close((uv_handle_t *)&t->step, template_on_closed);
 }
 
-/* util-linux: it is part of every Debian. */
-static const char *template_wrapper(void) {
-    static const char *const places[] = {"/usr/bin/setpriv", "/bin/setpriv"};
-    for (size_t i = 0; i < sizeof places / sizeof *places; i++)
-        if (access(places[i], X_OK) == 0)
-            return places[i];
-    return NULL;
-}
-
 static int template_spawn(struct vmm_template *t, const struct vmm_config *config, int listener) {
     cleanup_qemu_command struct qemu_command argv = {0}, env = {0};
     cleanup_free char *program = NULL, *serial = NULL;
-    const char *wrapper = template_wrapper();
-    int status = wrapper ? qemu_program_find(&program) : -ENOENT;
+    int status = qemu_program_find(&program);
     if (status < 0)
         return status;
     cleanup_close int ram =
         open(config->ram, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (ram < 0 || asprintf(&serial, "%s/serial.log", config->dir) < 0)
         return ram < 0 ? -errno : -ENOMEM;
-    /* It ends with the daemon, however that ends: nobody would adopt it. */
-    qemu_command_add_words(&argv, wrapper, "--pdeathsig", "KILL", "--", NULL);
     if ((status = qemu_command_build(&argv, config, program, host_has_kvm(NULL), PROCESS_FD,
                                      serial)) < 0 ||
         (status = qemu_command_build_env(&env, config->dir)) < 0)
         return status;
     struct process_options options = {
-        .program = wrapper,
+        .program = program,
         .argv = argv.items,
         .env = env.items,
         .log = t->log,
         .fds = {listener, -1},
         .idle = true,
+        .transient = true, /* nobody would adopt it */
     };
     return process_spawn(t->loop, &options, template_on_exited, t, &t->process);
 }

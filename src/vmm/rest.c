@@ -481,6 +481,7 @@ static int rest_spawn(struct rest *r, const struct vmm_config *config) {
         .log = r->log,
         .output = r->console,
         .fds = {-1, -1},
+        .transient = config->transient,
     };
     int status = process_spawn(r->loop, &options, rest_on_exited, r, &r->process);
     if (status == 0)

@@ -35,6 +35,7 @@ struct vmm_config {
     unsigned vsock_port;   /* at which the guest serves SSH; 0: it does not use vsock */
     const char *tap;       /* network interface of the host for the guest's; empty or NULL: none */
     const char *jail_user; /* user to run the VMM as, in a jail; empty or NULL: no jail */
+    bool transient;        /* the VMM is killed with the process that has called create() */
     /* Of a template and of a start from one (struct vmm_template_ops); NULL: neither. */
     const char *ram;          /* file with the guest's memory */
     const char *device_state; /* file with everything else that the machine is */

@@ -19,8 +19,12 @@ vmsfs {{ id }} is removed:
 
 {%- else %}
 
+{%- set fresh = vmsfs.mount ~ '/.new/' ~ id %}
+{%- set is_there = salt['file.directory_exists'](path) %}
+{%- if not is_there %}
+
 # What is in .new has not been booted; the rename boots it, with all that is there.
-vmsfs {{ id }} is made:
+vmsfs {{ id }} is prepared:
   cmd.run:
     - name: |
         set -e
@@ -34,8 +38,6 @@ vmsfs {{ id }} is made:
         {%- for name, value in vm.get('config', {}).items() %}
         printf '%s\n' "$SETTING_{{ name }}" >"$ID/config/{{ name }}" || fail
         {%- endfor %}
-        mv "$ID" "$MOUNT/$ID" || fail
-    - creates: {{ path | tojson }}
     - env:
       - MOUNT: {{ vmsfs.mount | tojson }}
       - ID: {{ id | string | tojson }}
@@ -43,6 +45,19 @@ vmsfs {{ id }} is made:
       {%- for name, value in vm.get('config', {}).items() %}
       - SETTING_{{ name }}: {{ setting(name, value) | tojson }}
       {%- endfor %}
+{%- endif %}
+
+vmsfs {{ id }} is made:
+  cmd.run:
+    - name: mv "$NEW" "$VM" || { cat "$NEW/error" >&2; exit 1; }
+    - creates: {{ path | tojson }}
+    - env:
+      - NEW: {{ fresh | tojson }}
+      - VM: {{ path | tojson }}
+    {%- if not is_there %}
+    - require:
+      - cmd: vmsfs {{ id }} is prepared
+    {%- endif %}
 
 {%- for name, value in vm.get('config', {}).items() %}
 
@@ -89,9 +104,13 @@ vmsfs {{ id }} goes on:
       - cmd: vmsfs {{ id }} is made
 {%- endif %}
 
+{#- A new VM has its variables before it boots, and so before its first login. #}
+{%- set place = (path if is_there else fresh) ~ '/env' %}
+{%- set first = 'made' if is_there else 'prepared' %}
+{%- set then = state if is_there else 'made' %}
 {%- for key, value in dict(env, **secrets).items() %}
 
-{{ (path ~ '/env/' ~ key) | tojson }}:
+{{ (place ~ '/' ~ key) | tojson }}:
   file.managed:
     - contents: {{ value | string | tojson }}
     - contents_newline: false
@@ -100,21 +119,23 @@ vmsfs {{ id }} goes on:
     - show_changes: false
     {%- endif %}
     - require:
-      - cmd: vmsfs {{ id }} is made
+      - cmd: vmsfs {{ id }} is {{ first }}
     - require_in:
-      - cmd: vmsfs {{ id }} is {{ state }}
+      - cmd: vmsfs {{ id }} is {{ then }}
 {%- endfor %}
 
 {%- if vm.get('env_purge') %}
 
-{{ (path ~ '/env') | tojson }}:
+{{ place | tojson }}:
   file.directory:
     - clean: true
     - require:
-      - cmd: vmsfs {{ id }} is made
+      - cmd: vmsfs {{ id }} is {{ first }}
       {%- for key in dict(env, **secrets) %}
-      - file: {{ (path ~ '/env/' ~ key) | tojson }}
+      - file: {{ (place ~ '/' ~ key) | tojson }}
       {%- endfor %}
+    - require_in:
+      - cmd: vmsfs {{ id }} is {{ then }}
 {%- endif %}
 
 vmsfs {{ id }} is {{ state }}:

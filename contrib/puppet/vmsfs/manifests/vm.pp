@@ -43,7 +43,7 @@ define vmsfs::vm (
   Exec {
     path        => '/usr/bin:/bin',
     timeout     => $timeout,
-    environment => ['make', 'setting', 'state'].map |$name| {
+    environment => ['setting', 'state'].map |$name| {
       "VMSFS_${upcase($name)}=${file("vmsfs/${name}.sh")}"
     },
   }
@@ -71,16 +71,17 @@ define vmsfs::vm (
       }
     }
 
-    exec { "vmsfs ${id}: make":
-      command => ['sh', '-c', 'eval "$VMSFS_MAKE"', 'make', $mount, $id, "${template}", *flatten(Array($settings))],
-      creates => $vm,
+    vmsfs_new { $vm:
+      template => $template,
+      config   => $settings,
+      env      => Sensitive($env + $secrets.unwrap),
     }
 
     $settings.each |$setting, $value| {
       exec { "vmsfs ${id}: set ${setting} to ${value}":
         command => ['sh', '-c', 'eval "$VMSFS_SETTING"', 'setting', $vm, $setting, $value, String($restart)],
         unless  => [['sh', '-c', '[ "$(cat "$1")" = "$2" ]', 'same', "${vm}/config/${setting}", $value]],
-        require => Exec["vmsfs ${id}: make"],
+        require => Vmsfs_new[$vm],
         before  => Exec["vmsfs ${id}: be ${ensure}"],
       }
     }
@@ -90,7 +91,7 @@ define vmsfs::vm (
       exec { "vmsfs ${id}: go on":
         command => ['sh', '-c', 'eval "$VMSFS_STATE"', 'state', $vm, $ensure],
         onlyif  => [['grep', '-qx', 'paused', "${vm}/status"]],
-        require => Exec["vmsfs ${id}: make"],
+        require => Vmsfs_new[$vm],
         before  => File["${vm}/env"],
       }
     }
@@ -113,7 +114,7 @@ define vmsfs::vm (
       purge   => $env_purge,
       force   => $env_purge,
       backup  => false,
-      require => Exec["vmsfs ${id}: make"],
+      require => Vmsfs_new[$vm],
       before  => Exec["vmsfs ${id}: be ${ensure}"],
     }
 
