@@ -13,6 +13,7 @@ import pytest
 
 from harness import (
     IMAGES,
+    RUN,
     VMSFS,
     environment,
     kill_and_wait,
@@ -408,7 +409,8 @@ class Kvm:
         self.folder = folder
         self.bin = os.path.join(folder, "bin")
         os.mkdir(self.bin)
-        os.mkdir(os.path.join(folder, "tmp"))
+        self.tmp = os.path.join(RUN.path, f"k{RUN.number()}")  # a short one
+        os.mkdir(self.tmp)
         with open(self.bin + "/qemu-system-x86_64", "w", encoding="ascii") as f:
             f.write(FAKE_QEMU)
         os.chmod(self.bin + "/qemu-system-x86_64", 0o755)
@@ -420,7 +422,7 @@ class Kvm:
         return in_namespace("\n".join(scripts).format(self.folder)) + [VMSFS, "doctor", "--json", "-o", words]
 
     def env(self, extra=None):
-        extra = {"PATH": f"{self.bin}:{environment()['PATH']}", "TMPDIR": f"{self.folder}/tmp", **(extra or {})}
+        extra = {"PATH": f"{self.bin}:{environment()['PATH']}", "TMPDIR": self.tmp, **(extra or {})}
         return environment(extra)
 
     def report(self, *scripts, how="boots", options=(), env=None):
@@ -428,7 +430,7 @@ class Kvm:
             self.argv(scripts, how, *options), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=self.env(env)
         )
         found = Report(done)
-        assert os.listdir(self.folder + "/tmp") == []
+        assert os.listdir(self.tmp) == []
         assert not any(pid_alive(pid) for pid, _ in self.started())
         return found.one("kvm"), found.one("backend"), found
 
@@ -450,6 +452,16 @@ def test_kvm_is_said_to_work_when_a_kernel_has_booted_with_it(kvm):
     ((_, argv),) = kvm.started()
     assert argv[argv.index("-accel") + 1] == "kvm" and argv[argv.index("-cpu") + 1] == "host"
     assert argv[argv.index("-kernel") + 1] == f"{IMAGES}/tiny/vmlinuz" and "-initrd" not in argv
+
+
+def test_a_long_tmpdir_is_passed_over(kvm, tmp_path):
+    """The paths of sockets have 107 bytes at most."""
+    long = tmp_path / ("d" * 100)
+    long.mkdir()
+    before = {name for name in os.listdir("/tmp") if name.startswith("vmsfs-trial.")}
+    usable, _, _ = kvm.report(CPU_WITH, DEVICE, env={"TMPDIR": str(long)})
+    assert usable["status"] == "ok"
+    assert {name for name in os.listdir("/tmp") if name.startswith("vmsfs-trial.")} <= before
 
 
 @pytest.mark.parametrize(
@@ -500,7 +512,7 @@ def test_a_doctor_that_is_killed_leaves_no_qemu(kvm, number):
         assert doctor.stdout.read() == b""
     assert doctor.returncode == -number
     wait_for(lambda: not pid_alive(pid), "QEMU is gone")
-    assert number == signal.SIGKILL or os.listdir(kvm.folder + "/tmp") == []
+    assert number == signal.SIGKILL or os.listdir(kvm.tmp) == []
 
 
 def boots_by_hand():

@@ -149,12 +149,15 @@ static void trial_leave_no_core(void) {
     setrlimit(RLIMIT_CORE, &none);
 }
 
+/* Bytes of $TMPDIR, so that the paths of sockets are no longer than they may be. */
+#define TRIAL_BASE_MOST 64
+
 int vmm_trial(const struct vmm_ops *ops, const struct vmm_config *config, unsigned most_ms,
               unsigned *ret_ms, char **ret_why) {
     struct trial t = {.most_ms = most_ms};
     const char *base = getenv("TMPDIR");
-    cleanup_free char *dir =
-        host_join(base && base[0] == '/' ? base : "/tmp", "vmsfs-trial.XXXXXX");
+    bool fits = base && base[0] == '/' && strlen(base) <= TRIAL_BASE_MOST;
+    cleanup_free char *dir = host_join(fits ? base : "/tmp", "vmsfs-trial.XXXXXX");
     *ret_why = NULL;
     if (!dir)
         return -ENOMEM;
