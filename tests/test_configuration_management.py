@@ -211,6 +211,15 @@ def test_ansible_unsets_other_variables_where_it_is_told_to(place):
     assert set(place.machine("web")) == {*ENV, "REGION", "TOKEN"}
 
 
+def test_ansible_unsets_what_a_new_vm_has_from_elsewhere_in_the_first_run(place):
+    with open(f"{place.mount}/.defaults/env/FROM_DEFAULTS", "w", encoding="ascii") as file:
+        file.write("x\n")
+    declare_for_ansible(place, {"vmsfs_env_exclusive": True})
+    play(place)
+    assert set(place.machine("web")) == {*ENV, "REGION", "TOKEN"}
+    assert play(place)["web"] == 0
+
+
 def test_ansible_says_why_a_vm_was_refused_and_the_next_run_makes_it(place):
     with open(f"{place.template}/forward", "w", encoding="ascii") as file:
         file.write("required NEEDED\n")

@@ -275,6 +275,13 @@ def test_a_mount_point_of_the_command_line_is_looked_at(state, tmp_path):
     assert Report(run("--json", place, "-o", f"state={state}")).one("mountpoint")["status"] == "ok"
 
 
+def test_a_path_forges_no_line_of_the_report(state, tmp_path):
+    place = f"{tmp_path}/m\nfailed   kvm          forged\x1b[2J"
+    done = run(place, "-o", f"state={state}")
+    assert "m\\x0afailed   kvm          forged\\x1b[2J" in done.stdout
+    assert "\x1b" not in done.stdout and not any(line.startswith("failed   kvm          forged") for line in done.stdout.splitlines())
+
+
 def test_a_state_directory_that_cannot_be_used_is_told(state, tmp_path):
     os.makedirs(state, 0o700)
     read_only = in_namespace(f"mount -t tmpfs -o ro,mode=700 none {state}")

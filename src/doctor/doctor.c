@@ -50,12 +50,25 @@ static const char *finding_text(const struct buf *text) {
     return text->len && !text->failed ? text->data : "";
 }
 
+/* A path may hold newlines, and what speaks to a terminal; in a report they would be lines of it.
+ */
+static void finding_print(const char *status, const char *check, const char *before,
+                          const struct buf *text) {
+    printf("%-8s %-12s %s", status, check, before);
+    for (const char *c = finding_text(text); *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            printf("\\x%02x", (unsigned char)*c);
+        else
+            putchar(*c);
+    putchar('\n');
+}
+
 static void doctor_print_text(const struct doctor *d) {
     for (size_t i = 0; i < d->count; i++) {
         const struct doctor_finding *f = &d->findings[i];
-        printf("%-8s %-12s %s\n", doctor_verdicts[f->verdict], f->check, finding_text(&f->found));
+        finding_print(doctor_verdicts[f->verdict], f->check, "", &f->found);
         if (f->remedy.len)
-            printf("%-8s %-12s remedy: %s\n", "", "", finding_text(&f->remedy));
+            finding_print("", "", "remedy: ", &f->remedy);
     }
     unsigned warnings = doctor_tally(d, DOCTOR_WARNING);
     printf("\n%u failed, %u warning%s\n", doctor_tally(d, DOCTOR_BROKEN), warnings,
