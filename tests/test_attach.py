@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -11,6 +12,7 @@ import pytest
 from harness import (
     SLACK,
     VMSFS,
+    Client,
     environment,
     make_key,
     mount_line,
@@ -445,3 +447,27 @@ def test_auto_does_not_attach(daemon):
     vm = one.guest("auto")
     wait_for(lambda: vm.info()["backend"] != "auto", "it boots")
     assert vm.info()["backend"] == "qemu"
+
+
+def test_what_a_killed_daemon_has_sent_is_not_done_later(attached):
+    """Its resident shell may be slow: the next daemon sees to its end before it reads the variables."""
+    vm = attached()
+    one = vm.daemon
+    write(vm.env("KEY"), "old\n")
+    shell = int(read(f"{one.state}/vms/{vm.name}/running").split()[1])
+    assert b"VMSFS_SEEN=" in read_bytes(f"/proc/{shell}/environ")
+    os.kill(shell, signal.SIGSTOP)
+    try:
+        with Client('echo late > "$F"', env={"F": vm.env("KEY"), "PATH": os.environ["PATH"]}) as client:
+            client.waits()
+            one.kill()
+            assert client.result(10)[0] != 0
+        one.start()
+        wait_for(lambda: vm.status() == "running", "it is attached again", 20)
+        assert not pid_alive(shell)
+        assert read(vm.env("KEY")) == "old\n" and env_file(vm) == {"KEY": "old"}
+        write(vm.env("OTHER"), "new\n")
+        assert env_file(vm) == {"KEY": "old", "OTHER": "new"}
+    finally:
+        if pid_alive(shell):
+            os.kill(shell, signal.SIGCONT)

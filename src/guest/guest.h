@@ -27,6 +27,7 @@ struct guest_facts {
     bool own_shell;  /* it is the user's: the server runs commands with it */
     char boot[40];   /* the kernel's id of this boot (random(4)); empty: not known */
     bool own_group;  /* the server gives each command a process group of its own */
+    long control;    /* process id of the resident shell; 0: not known */
 };
 
 /* A command to be run. Borrowed for the call. */
@@ -53,8 +54,10 @@ struct guest_ops {
      * asked to, with all that comes behind in the file. */
     bool (*name_is_reserved)(const char *name);
 
-    /* The first request, and what its answer says. */
-    void (*control_hello)(struct buf *out);
+    /* The first request, and what its answer says. `before`: what was known when the last
+     * connection was lost, or NULL. The resident shell of that one may still have an update to do,
+     * so its end is waited for: what is read after this is not changed by it any more. */
+    void (*control_hello)(struct buf *out, const struct guest_facts *before);
     void (*control_facts)(const char *output, size_t length, struct guest_facts *ret_facts);
 
     /* Scripts for requests. They watch the env file, so that what others change in it is not

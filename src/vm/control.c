@@ -8,6 +8,7 @@
 #include "util/errors.h"
 #include "util/random.h"
 #include "vm/machine.h"
+#include "vm/orphans.h"
 #include "vm/target.h"
 #include "vm/vm.h"
 
@@ -185,6 +186,7 @@ static void control_hello(void *arg, int status, const char *output, size_t leng
     if (status < 0)
         return; /* told by control_lost(), too */
     control->vm->guest->control_facts(output, length, &control->vm->facts);
+    orphans_meet(control->vm->orphans);
     control->up = true;
     control->retry = CONTROL_RETRY_MS;
     vm_guest_up(control->vm);
@@ -215,7 +217,7 @@ static void control_up(void *arg) {
     struct control *control = arg;
     cleanup_buf struct buf command = {0}, hello = {0};
     control->vm->guest->control_shell(&command);
-    control->vm->guest->control_hello(&hello);
+    control->vm->guest->control_hello(&hello, &control->vm->facts);
     int r = command.failed ? -ERR_NO_MEMORY
                            : ssh_channel_exec(control->session, command.data, &events, control,
                                               &control->shell);

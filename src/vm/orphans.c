@@ -18,7 +18,7 @@
 
 #define ORPHANS_MOST 1024
 #define ORPHAN_LIFE_S 600 /* then its number may be another's: it is left alone */
-#define ORPHANS_HEAD 64   /* bytes of the file: the guest's boot, and blanks */
+#define ORPHANS_HEAD 64   /* bytes of the file: the guest's boot, its resident shell, blanks */
 #define ORPHAN_LINE 12    /* bytes in the file: a process id and a newline */
 
 struct orphans {
@@ -71,19 +71,24 @@ static char *orphans_path(const struct orphans *orphans) {
 }
 
 static void orphans_write_head(const struct orphans *orphans) {
-    char head[ORPHANS_HEAD + 1];
-    snprintf(head, sizeof head, "%-*s\n", ORPHANS_HEAD - 1, orphans->boot);
+    char head[ORPHANS_HEAD + 1], words[ORPHANS_HEAD];
+    snprintf(words, sizeof words, "%s %ld", orphans->boot, orphans->vm->facts.control);
+    snprintf(head, sizeof head, "%-*s\n", ORPHANS_HEAD - 1, words);
     if (pwrite(orphans->fd, head, ORPHANS_HEAD, 0) != ORPHANS_HEAD)
         log_debug("%s: the commands that run cannot be noted", orphans->vm->id);
 }
 
-static void orphans_write(struct orphans *orphans, int place) {
-    char line[ORPHAN_LINE + 1];
+static void orphans_open(struct orphans *orphans) {
     cleanup_free char *path = orphans->fd < 0 ? orphans_path(orphans) : NULL;
     if (path)
         orphans->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (path && orphans->fd >= 0)
         orphans_write_head(orphans);
+}
+
+static void orphans_write(struct orphans *orphans, int place) {
+    char line[ORPHAN_LINE + 1];
+    orphans_open(orphans);
     snprintf(line, sizeof line, "%*ld\n", ORPHAN_LINE - 1, orphans->list[place].pid);
     if (orphans->fd < 0 || pwrite(orphans->fd, line, ORPHAN_LINE,
                                   ORPHANS_HEAD + (off_t)place * ORPHAN_LINE) != ORPHAN_LINE)
@@ -127,8 +132,12 @@ void orphans_load(struct orphans *orphans) {
         fs_read(path, ORPHANS_HEAD + ORPHANS_MOST * ORPHAN_LINE, &text) < 0 ||
         text.len < ORPHANS_HEAD)
         return;
-    snprintf(orphans->boot, sizeof orphans->boot, "%.*s", (int)strcspn(text.data, " \n"),
-             text.data);
+    struct guest_facts *facts = &orphans->vm->facts;
+    size_t boot = strcspn(text.data, " \n");
+    snprintf(orphans->boot, sizeof orphans->boot, "%.*s", (int)boot, text.data);
+    snprintf(facts->boot, sizeof facts->boot, "%s", orphans->boot);
+    long shell = strtol(text.data + boot, NULL, 10);
+    facts->control = shell > 1 ? shell : 0;
     for (size_t at = ORPHANS_HEAD; at + ORPHAN_LINE <= text.len && orphans_grow(orphans);
          at += ORPHAN_LINE) {
         long pid = strtol(text.data + at, NULL, 10);
@@ -156,12 +165,24 @@ static void orphans_ended(void *arg, int status, const char *output, size_t leng
     (void)length;
 }
 
+void orphans_meet(struct orphans *orphans) {
+    const struct guest_facts *facts = &orphans->vm->facts;
+    /* Numbers of another boot are other processes'. */
+    if (!facts->boot[0] || strcmp(orphans->boot, facts->boot) != 0)
+        orphans_clear(orphans);
+    snprintf(orphans->boot, sizeof orphans->boot, "%s", facts->boot);
+    if (orphans->fd >= 0) {
+        orphans_write_head(orphans);
+        return;
+    }
+    orphans_open(orphans);
+    if (orphans->fd >= 0) /* it is open while there are commands to note */
+        close(orphans->fd);
+    orphans->fd = -1;
+}
+
 void orphans_end(struct orphans *orphans) {
     struct vm *vm = orphans->vm;
-    /* Numbers of another boot are other processes'. */
-    if (!vm->facts.boot[0] || strcmp(orphans->boot, vm->facts.boot) != 0)
-        orphans_clear(orphans);
-    snprintf(orphans->boot, sizeof orphans->boot, "%s", vm->facts.boot);
     for (int place = 0; place < orphans->count; place++) {
         cleanup_buf struct buf script = {0};
         if (!orphans->list[place].lost)

@@ -2,10 +2,11 @@
 
 #include "vm/vm.h"
 
-/* The commands that run in a guest, by their first processes: so that one whose connection or whose
- * daemon was lost is ended when the guest can be reached again, instead of running on with nobody
- * to see it. Kept in a file of the VM's folder, a line each, without waiting for the disk: what
- * counts is the death of the daemon, not of the host. */
+/* What runs in a guest for vmsfs: the resident shell, whose end the next one waits for
+ * (guest_ops.control_hello), and the commands, by their first processes: so that one whose
+ * connection or whose daemon was lost is ended when the guest can be reached again, instead of
+ * running on with nobody to see it. Kept in a file of the VM's folder, a line each, without waiting
+ * for the disk: what counts is the death of the daemon, not of the host. */
 
 struct orphans;
 
@@ -18,9 +19,14 @@ int orphans_note(struct orphans *orphans, long pid);
 void orphans_forget(struct orphans *orphans, int place);
 void orphans_leave(struct orphans *orphans, int place);
 
-/* An earlier daemon has left these; or the guest was booted anew, and has none of them. */
+/* An earlier daemon has left these, and vm->facts of its resident shell; or the guest was booted
+ * anew, and has none of them. */
 void orphans_load(struct orphans *orphans);
 void orphans_clear(struct orphans *orphans);
 
-/* The guest can be reached: ends them. */
+/* The guest has been reached, by a resident shell of which vm->facts tells. What ran in an earlier
+ * boot of it runs no more. */
+void orphans_meet(struct orphans *orphans);
+
+/* Ends those that were lost. */
 void orphans_end(struct orphans *orphans);

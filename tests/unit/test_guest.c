@@ -50,17 +50,21 @@ static void facts_are_read_from_the_hello(void) {
     static const struct {
         const char *output, *shell;
         bool own_group, own_shell;
+        long control;
     } rows[] = {
-        {"own\n/bin/bash\n", "/bin/bash", true, true},
-        {"/bin/sh\n", "/bin/sh", false, true},
-        {"/usr/bin/fish\n", "/bin/sh", false, false},
-        {"own\n/bin/csh\n", "/bin/sh", true, false},
-        {"bash\n", "/bin/sh", false, false},
-        {"", "/bin/sh", false, false},
-        {"own\n", "/bin/sh", true, false},
-        {"boot 1-2\nown\n/bin/bash\n", "/bin/bash", true, true},
-        {"boot 1-2\n/bin/dash\n", "/bin/dash", false, true},
-        {"boot ", "/bin/sh", false, false},
+        {"boot 1-2\n4321\nown\n/bin/bash\n", "/bin/bash", true, true, 4321},
+        {"boot 1-2\n77\n/bin/dash\n", "/bin/dash", false, true, 77},
+        {"boot 1-2\n99999999999999999999", "/bin/sh", false, false, 9999999999},
+        {"own\n/bin/bash\n", "/bin/bash", true, true, 0},
+        {"/bin/sh\n", "/bin/sh", false, true, 0},
+        {"/usr/bin/fish\n", "/bin/sh", false, false, 0},
+        {"own\n/bin/csh\n", "/bin/sh", true, false, 0},
+        {"bash\n", "/bin/sh", false, false, 0},
+        {"", "/bin/sh", false, false, 0},
+        {"own\n", "/bin/sh", true, false, 0},
+        {"boot 1-2\nown\n/bin/bash\n", "/bin/bash", true, true, 0},
+        {"boot 1-2\n/bin/dash\n", "/bin/dash", false, true, 0},
+        {"boot ", "/bin/sh", false, false, 0},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         struct guest_facts facts;
@@ -68,6 +72,7 @@ static void facts_are_read_from_the_hello(void) {
         CHECK_SAID(!strcmp(facts.shell, rows[i].shell), "row %zu: shell %s", i, facts.shell);
         CHECK_SAID(facts.own_group == rows[i].own_group, "row %zu: own group", i);
         CHECK_SAID(facts.own_shell == rows[i].own_shell, "row %zu: own shell", i);
+        CHECK_SAID(facts.control == rows[i].control, "row %zu: shell %ld", i, facts.control);
     }
 }
 
@@ -291,7 +296,7 @@ static void the_env_file_is_replaced_only_as_it_was_seen(void) {
             {"echo z >\"$F\"", false, true, GUEST_CHANGED},
         };
         buf_printf(&script, "F=%s; VMSFS_SEEN=%s.seen; exec 8>>$VMSFS_SEEN\n", file, file);
-        guest_linux.control_hello(&none);
+        guest_linux.control_hello(&none, NULL);
         guest_linux.control_request(&script, NONCE, none.data, none.len);
         buf_clear(&none);
         buf_append_str(&script, "[ ! -e \"$VMSFS_SEEN\" ] || exit\n");
