@@ -324,6 +324,26 @@ def test_pausing_that_is_refused_or_not_answered(host, backend):
 
 
 @each_backend
+def test_what_is_set_while_it_is_being_paused_is_known_to_a_later_daemon(host, backend):
+    """Which cannot ask a guest that stands still."""
+    one = host(backend)
+    guest = one.boot("box")
+    write(guest.env("KEY"), "old\n")
+    one.fake().do_wrong(**{PAUSE[backend]: "hang"})
+    with Client('echo paused > "$F"', env={"F": guest / "status", "PATH": os.environ["PATH"]}) as client:
+        wait_for(lambda: PAUSE[backend] in " ".join(one.fake().requests()).replace("/api/v1", ""), "it is asked to pause")
+        write(guest.env("KEY"), "new\n")
+        one.kill()
+        client.result(10)
+    one.fake().do_wrong()
+    one.start()
+    wait_for(lambda: guest.status() == "paused", "it is paused after all")
+    assert read(guest.env("KEY")) == "new\n"
+    write(guest / "status", "running")
+    assert guest.value("KEY") == b"new"
+
+
+@each_backend
 @pytest.mark.parametrize("fault", ["hang", "400", "die"])
 def test_a_vmm_that_does_not_obey_any_more_is_ended(host, backend, fault):
     one = host(backend, options="stop_timeout=1")

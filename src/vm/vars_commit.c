@@ -89,8 +89,10 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
         vars->learned = uv_now(vars->vm->daemon->loop);
         vars->absent = false;
     }
-    if (status == 0 && vars->vm->state == VM_STOPPING) {
-        /* The guest has it, and is about to go: it is done when the record has it, too. */
+    const struct vm *vm = vars->vm;
+    if (status == 0 && (vm->state == VM_STOPPING || (vm->pausing && !vm->resuming))) {
+        /* The guest has it, and is about to go, or to stand still so that nobody can ask it: it is
+         * done when the record has it, too. */
         batch->to_guest = false;
         vm_save(vars->vm);
         return;
