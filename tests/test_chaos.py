@@ -34,7 +34,6 @@ class Known:
         self.may = {}
         self.pending = {}  # of the one operation that got no answer: all or nothing
         self.before = {}
-        self.late = {}  # values that got no answer in this round: what the dead daemon has sent may be carried out yet
         self.history = []  # of this round, for who has to find out why
 
     def values(self, key):
@@ -63,12 +62,7 @@ class Known:
 
     def left_open(self, why):
         self.history.append((why, self.pending))
-        self.note_late()
         self.pending = {}
-
-    def note_late(self):
-        for key, value in self.pending.items():
-            self.late.setdefault(key, set()).add(value)
 
     def learn(self, look, open_still):
         """After a restart: each key holds what it may, and from now on that alone, but for a guest that stands still: it may have
@@ -81,10 +75,8 @@ class Known:
             not_done = all(seen[key] in self.before[key] for key in self.pending)
             half = {key: seen[key] for key in self.pending}
             assert done or not_done, f"{self.name}: half of it was done, of {self.pending!r}: {half!r}"
-        self.note_late()
         if not open_still:
-            self.may = {key: {value} | self.late.get(key, set()) for key, value in seen.items()}
-        self.late = {}
+            self.may = {key: {value} for key, value in seen.items()}
         self.pending = {}
         self.history.clear()
 
