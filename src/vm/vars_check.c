@@ -104,9 +104,14 @@ static int vars_check_change(struct vm *vm, const struct var_change *c, struct v
     return 0;
 }
 
+bool vars_go_to_guest(const struct vars *vars) {
+    return vars->vm->state == VM_RUNNING || vars->attach_keeping;
+}
+
 int vars_check_state(struct vars *vars) {
+    if (vars_go_to_guest(vars))
+        return 0;
     switch (vars->vm->state) {
-    case VM_RUNNING:
     case VM_BOOTING:
     case VM_STOPPING: /* goes to the disk, for the next boot */
     case VM_STOPPED:

@@ -130,7 +130,7 @@ void vars_start_batch(struct vars *vars) {
     /* What is being read now is not known yet, but would count as seen. */
     if (vars->flight || vars->refreshing || list_is_empty(&vars->queued))
         return;
-    if ((vars->attached && vars->attach_read) || vars->vm->announcing)
+    if ((vars->attached && vars->attach_read && !vars->attach_keeping) || vars->vm->announcing)
         return; /* in a moment it can go to the guest */
     struct vars_batch *batch = vars_batch_new(vars, &vars->queued);
     if (!batch) {
@@ -141,7 +141,7 @@ void vars_start_batch(struct vars *vars) {
         return;
     }
     vars->flight = batch;
-    batch->to_guest = vars->vm->state == VM_RUNNING;
+    batch->to_guest = vars_go_to_guest(vars);
     if (!batch->to_guest) {
         vm_save(vars->vm); /* vars_saved() has the verdict */
         return;
@@ -207,6 +207,7 @@ void vars_fail_all(struct vars *vars, int status) {
     struct list failed;
     list_init(&failed);
     vars->attached = NULL;
+    vars->attach_keeping = false;
     vars->refreshing = false;
     vars->retries = 0;
     if (vars->flight) {

@@ -44,12 +44,11 @@ int vars_explain(struct vars *vars, const char *doing, int status, const char *o
 static void vars_end_attach(struct vars *vars, int status) {
     void (*attached)(struct vm *, int) = vars->attached;
     vars->attached = NULL;
+    vars->attach_keeping = false;
     if (status == 0)
         vars->learned = uv_now(vars->vm->daemon->loop);
     if (attached)
         attached(vars->vm, status);
-    if (status == 0)
-        vars_keep_promises(vars);
     vars_start_batch(vars);
 }
 
@@ -97,8 +96,13 @@ void vars_attach_step(struct vars *vars) {
     if (!vars->attached || !vars->attach_read || vars->refreshing || vars->flight ||
         vars->attach_sending)
         return;
-    if (!vars->attach_booted || vars->sent_generation == vars->generation) {
-        vars_end_attach(vars, 0);
+    if (!vars->attach_booted || vars->attach_keeping || vars->sent_generation == vars->generation) {
+        if (!vars->attach_keeping) {
+            vars->attach_keeping = true;
+            vars_keep_promises(vars);
+        }
+        if (vars->attached && !vars_promises_are_kept_now(vars))
+            vars_end_attach(vars, 0);
         return;
     }
     vars->sent_generation = vars->generation;
@@ -126,8 +130,8 @@ static void vars_take(struct vars *vars, int status, const char *text, size_t le
         status = 0;
     }
     if (status == 0)
-        status = vars->attached ? vars_attach_learn(vars, text, length)
-                                : vars_learn(vars, text, length, false);
+        status = vars->attached && !vars->attach_keeping ? vars_attach_learn(vars, text, length)
+                                                         : vars_learn(vars, text, length, false);
     if (status == 0)
         vars->learned = uv_now(vm->daemon->loop);
     vm_wait_wake(&vars->refresh_waits, status);
@@ -235,6 +239,7 @@ void vars_assume_injected(struct vars *vars) {
 
 void vars_attach(struct vars *vars, bool booted, void (*done)(struct vm *vm, int status)) {
     vars->attached = done;
+    vars->attach_keeping = false;
     vars->attach_booted = booted;
     vars->attach_read = false;
     vars->retries = 0;

@@ -58,10 +58,11 @@ struct vars {
     struct timespec written; /* what they are */
     struct buf kept;         /* lines of others in the guest's file */
 
-    struct list promises;      /* of vars_promise */
-    struct list queued;        /* of vars_commit: for the next batch */
-    struct vars_batch *flight; /* under way */
-    size_t projected;          /* `total` when all that is queued or under way will be done */
+    struct list promises;         /* of vars_promise, in the order in which they were made */
+    struct vars_promise *keeping; /* the one whose changes are being asked for, by vars_commit() */
+    struct list queued;           /* of vars_commit: for the next batch */
+    struct vars_batch *flight;    /* under way */
+    size_t projected;             /* `total` when all that is queued or under way will be done */
 
     uint64_t learned; /* uv_now() of the last word from the guest; 0: never */
     bool absent;      /* the guest has no such file */
@@ -79,7 +80,8 @@ struct vars {
     bool attach_booted;                          /* after a boot, not after a lost connection */
     bool attach_sending;                         /* the table, and the answer is still to come */
     bool attach_read;                            /* the file has been read */
-    uint64_t sent_generation;                    /* of the table as it was sent while attaching */
+    bool attach_keeping; /* the last step: what was promised is done, and all goes to the guest */
+    uint64_t sent_generation; /* of the table as it was sent while attaching */
 
     uint64_t commits, updates; /* counters: what was asked, and rewrites of the guest's file */
 };
@@ -117,6 +119,8 @@ int vars_check(struct vars *vars, const struct var_change *changes, size_t count
                ssize_t *ret_growth);
 /* Can variables be changed in the state that the VM is in? */
 int vars_check_state(struct vars *vars);
+/* Do they go to the guest now, or to the disk? */
+bool vars_go_to_guest(const struct vars *vars);
 
 /* The table has changed otherwise than by a batch: counts `projected` anew. */
 void vars_project(struct vars *vars);
@@ -154,8 +158,11 @@ void vars_attach_step(struct vars *vars);
 int vars_explain(struct vars *vars, const char *doing, int status, const char *output,
                  size_t length);
 
-/* The guest or the disk takes changes again: so it does what was promised and left. */
+/* The guest or the disk takes changes again: so it does what was promised and left, before what is
+ * asked for now. */
 void vars_keep_promises(struct vars *vars);
+/* Is it doing that? */
+bool vars_promises_are_kept_now(const struct vars *vars);
 /* What is asked for now wins over what was promised before. */
 void vars_supersede_promises(struct vars *vars, const struct vars_commit *commit);
 void vars_shut_promises(struct vars *vars);

@@ -80,9 +80,12 @@ static void promise_commit(struct vars_promise *p) {
     p->merged.done = promise_merged;
     list_init(&p->merged.link);
     p->asked++;
+    struct vars_promise *around = vars->keeping;
+    vars->keeping = p;
     int r = !changes   ? -ERR_NO_MEMORY
             : p->whole ? vars_replace(vars, changes, count, &p->merged)
                        : vars_commit(vars, changes, count, &p->merged);
+    vars->keeping = around;
     if (r < 0)
         promise_merged(&p->merged, r);
 }
@@ -218,7 +221,7 @@ int vars_promise(struct vars *vars, const struct var_change *changes, size_t cou
     struct vars_promise *p = promise_new(vars, changes, count, whole);
     if (!p)
         return -ERR_NO_MEMORY;
-    if (vars->vm->state == VM_RUNNING && (r = promise_ask(p, replace)) < 0) {
+    if (vars_go_to_guest(vars) && (r = promise_ask(p, replace)) < 0) {
         promise_end(p);
         promise_free_unused(p);
         return r;
@@ -269,10 +272,21 @@ void vars_keep_promises(struct vars *vars) {
     struct list *next;
     for (struct list *l = vars->promises.next; l != &vars->promises; l = next) {
         struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
-        next = l->next; /* nothing is answered before this has ended */
+        if (p == vars->keeping)
+            return; /* those behind it were made later */
+        next = l->next;
         if (!p->owned)
-            promise_keep(p);
+            promise_keep(p); /* may free it, and those before it */
     }
+}
+
+bool vars_promises_are_kept_now(const struct vars *vars) {
+    for (const struct list *l = vars->promises.next; l != &vars->promises; l = l->next) {
+        const struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        if (!p->owned && p->asked && !p->kept)
+            return true;
+    }
+    return false;
 }
 
 static bool commit_names(const struct vars_commit *commit, const char *name) {
@@ -306,6 +320,8 @@ static void promise_drop(struct vars_promise *p, const struct vars_commit *commi
 void vars_supersede_promises(struct vars *vars, const struct vars_commit *commit) {
     for (struct list *l = vars->promises.next; l != &vars->promises; l = l->next) {
         struct vars_promise *p = LIST_OWNER(l, struct vars_promise, link);
+        if (p == vars->keeping)
+            return; /* those behind it were made later */
         if (!p->keeping)
             promise_drop(p, commit);
     }
