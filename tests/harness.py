@@ -700,6 +700,14 @@ class Sshd:
         wait_for(listens, "sshd listens", seconds)
         return self
 
+    def start_slow(self):
+        """Its `mv` takes half a second while there is a file `slow` in its folder."""
+        os.makedirs(self.path + "/bin")
+        write(self.path + "/bin/mv", f'#!/bin/sh\n[ ! -e {self.path}/slow ] || sleep 0.5\nexec /bin/mv "$@"\n')
+        os.chmod(self.path + "/bin/mv", 0o755)
+        self.config["SetEnv"] = f"HOME={self.path} PATH={self.path}/bin:/usr/bin:/bin"
+        return self.start()
+
     def stop(self):
         """The machine is gone, with all that ran on it for somebody who was logged in."""
         if not self.process:

@@ -13,6 +13,7 @@ from harness import (
     SLACK,
     VMSFS,
     Client,
+    children,
     environment,
     make_key,
     mount_line,
@@ -471,3 +472,22 @@ def test_what_a_killed_daemon_has_sent_is_not_done_later(attached):
     finally:
         if pid_alive(shell):
             os.kill(shell, signal.SIGCONT)
+
+
+def test_what_a_shell_that_was_ended_has_begun_is_not_done_later(sshd, daemon):
+    """Its mv may outlive it."""
+    server = sshd(start=False).start_slow()
+    one = daemon(server.options())
+    vm = one.boot("box")
+    write(vm.env("KEY"), "old\n")
+    shell = int(read(f"{one.state}/vms/{vm.name}/running").split()[1])
+    write(server.path + "/slow", "")
+    with Client('echo late > "$F"', env={"F": vm.env("KEY"), "PATH": os.environ["PATH"]}) as client:
+        wait_for(lambda: children(shell), "the update is under way")
+        one.kill()
+        os.kill(shell, signal.SIGKILL)
+        assert client.result(10)[0] != 0
+    os.unlink(server.path + "/slow")
+    one.start()
+    wait_for(lambda: vm.status() == "running", "it is attached again", 20)
+    assert read(vm.env("KEY")) == "late\n"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from harness import RUN, SHELLS, Client, read, read_bytes, refused, sh, wait_for, write
+from harness import SHELLS, Client, read, read_bytes, refused, sh, wait_for, write
 from tools_env import Reader, clean_env, environment, guest_file, guest_keys, keys, plain_text
 
 NASTY = {
@@ -390,18 +390,15 @@ def test_who_is_acknowledged_last_wins_though_the_daemon_is_killed(sshd, daemon,
 @pytest.mark.parametrize("look", ["variable", "names", "command"])
 def test_what_was_promised_is_there_for_who_comes_first(sshd, daemon, look):
     """However long the machine takes for it."""
-    tools = os.path.join(RUN.path, f"slow{RUN.number()}")
-    os.makedirs(tools)
-    write(tools + "/mv", f'#!/bin/sh\n[ ! -e {tools}/slow ] || sleep 0.5\nexec /bin/mv "$@"\n')
-    os.chmod(tools + "/mv", 0o755)
-    one = daemon(sshd(SetEnv=f"HOME={tools} PATH={tools}:/bin").options())
+    server = sshd(start=False).start_slow()
+    one = daemon(server.options())
     vm = one.boot("box")
     write(vm / "environ", "A=old\n")
     done = subprocess.run([sys.executable, "-c", WRITES_AND_KILLS, vm / "environ", str(one.pid), str(os.O_APPEND), "A=new\nB=1\n"], timeout=30)
     assert done.returncode == 0
     one.wait_end()
     one.unmount()
-    write(tools + "/slow", "")
+    write(server.path + "/slow", "")
     one.start()
     wait_for(lambda: vm.status() == "running", "it is attached again", 20)
     if look == "variable":

@@ -109,13 +109,17 @@ static void linux_env_probe(struct buf *out, const char *path, const char *bytes
 }
 
 /* A shell whose connection is gone ends by itself when it has done what it was sent. One whose
- * server has not noticed that waits for more: it is ended. A number may be another process's by
- * now, or a zombie's, whose environment is empty. */
+ * server has not noticed that waits for more: it is ended. One that its server has ended may have
+ * left an mv behind, in its process group, if it had one as this shell has ($g). A number may be
+ * another process's by now, or a zombie's, whose environment is empty: what is not known to be a
+ * shell of ours is only waited for. */
 static const char linux_fence_script[] =
+    "vmsfs_there() { grep -q VMSFS_SEEN= \"/proc/$1/environ\"; }\n"
+    "vmsfs_group() { [ \"$g\" = $$ ] && kill -\"$2\" -\"$1\"; }\n"
     "vmsfs_fence() {\n" /* PID */
     "n=0\n"
-    "while grep -q VMSFS_SEEN= \"/proc/$1/environ\" 2>/dev/null; do\n"
-    "[ $n -lt 8 ] || kill -KILL \"$1\"\n"
+    "while vmsfs_there \"$1\" || vmsfs_group \"$1\" 0; do\n"
+    "[ $n -lt 8 ] || ! vmsfs_there \"$1\" || vmsfs_group \"$1\" KILL || kill -KILL \"$1\"\n"
     "[ $n -lt 20 ] || return\n"
     "n=$((n + 1))\n"
     "sleep 0.05 || usleep 50000 || sleep 1\n"
@@ -125,16 +129,15 @@ static const char linux_fence_script[] =
 /* Field 5 of /proc/PID/stat is the process group (proc(5)). */
 static void linux_control_hello(struct buf *out, const struct guest_facts *before) {
     buf_printf(out, linux_control_script, GUEST_ABSENT, GUEST_CHANGED, GUEST_CHANGED);
-    buf_append_str(out, "read -r b </proc/sys/kernel/random/boot_id && echo \"boot $b\"\n");
+    buf_append_str(out, "read -r b </proc/sys/kernel/random/boot_id && echo \"boot $b\"\n"
+                        "read -r a a a a g a </proc/$$/stat\n");
     if (before && before->control && before->boot[0]) {
         buf_append_str(out, linux_fence_script);
         buf_append_str(out, "! [ \"$b\" = ");
         linux_quoted(out, before->boot);
-        buf_printf(out, " ] || ! [ -e /proc/%ld ] || vmsfs_fence %ld\n", before->control,
-                   before->control);
+        buf_printf(out, " ] || vmsfs_fence %ld\n", before->control);
     }
-    buf_append_str(out, "echo $$; read -r a b c d g e </proc/$$/stat; "
-                        "[ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
+    buf_append_str(out, "echo $$; [ \"$g\" = $$ ] && echo own; echo \"$SHELL\"");
 }
 
 static void linux_control_facts(const char *output, size_t length, struct guest_facts *ret_facts) {
