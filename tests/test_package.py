@@ -202,6 +202,40 @@ def machine(package):
         one.end()
 
 
+@pytest.fixture(scope="module")
+def installed(machine):
+    """With the package, and with an image."""
+    machine.sh("apt-get -q update; cp /root/vmsfs_*.deb /root/again.deb", 120)
+    machine.sh("apt-get -qy install --no-install-recommends /root/again.deb qemu-system-x86; mkdir /vms", 200)
+    machine.sh("vmsfs-guest-tiny", 100)
+    return machine
+
+
+# Tests end as they may: another does not depend on how, or a second try of one alone would tell nothing.
+NOT_MOUNTED = """
+    [ "$(dpkg-query -W -f '${db:Status-Status}' vmsfs)" = installed ] || apt-get -qy install --no-install-recommends /root/again.deb
+    systemctl stop 'vmsfs@*' vms.automount vms.mount
+    sed -i /vmsfs/d /etc/fstab
+    systemctl daemon-reload
+    ! mountpoint -q /vms || umount /vms
+"""
+
+
+@pytest.fixture
+def nothing_mounted(installed):
+    installed.sh(NOT_MOUNTED, 100)
+    return installed
+
+
+@pytest.fixture
+def with_demo(nothing_mounted):
+    """A machine runs while nothing is mounted."""
+    make = "mkdir /vms/demo; echo 'hello from the host' >/vms/demo/env/GREETING"
+    nothing_mounted.sh("vmsfs /vms -o memory=160M")
+    nothing_mounted.sh(f"[ -e /vms/demo ] || {{ {make}; }}; echo running >/vms/demo/status; umount /vms", 100)
+    return nothing_mounted
+
+
 def started(machine):
     """Machines of vmsfs that run there, by name; one that makes a template, in the background, is none yet."""
     return [name for name in qemus(machine) if name != "template"]
@@ -226,18 +260,21 @@ def words(machine, pid):
 def test_a_bare_debian_has_nothing_of_it(machine):
     assert machine.sh("find / -xdev -name '*vmsfs*' ! -path '/root/*'") == ""
     machine.sh("apt-get -q update", 120)
-
-
-@pytest.mark.deadline(200)
-def test_it_installs_on_a_bare_debian(machine):
     simulated = machine.sh("apt-get -s install /root/vmsfs_*.deb")
     assert "Inst qemu-system-x86 " in simulated  # as it is recommended
-    machine.sh("apt-get -qy install --no-install-recommends /root/vmsfs_*.deb qemu-system-x86", 200)
+
+
+@pytest.mark.deadline(240)
+def test_it_installs_on_a_bare_debian(installed):
+    machine = installed
+    assert machine.sh("vmsfs --version").startswith("vmsfs ")
     assert machine.sh("vmsfs-guest-tiny", 100).splitlines()[-1] == "/var/lib/vmsfs/images/tiny"
 
 
-def test_a_line_of_fstab_mounts_it_and_a_machine_boots(machine):
-    machine.sh("echo 'vms /vms vmsfs nofail,_netdev,memory=160M 0 0' >>/etc/fstab; mkdir /vms; mount -a; mount -a")
+@pytest.mark.deadline(240)
+def test_a_line_of_fstab_mounts_it_and_a_machine_boots(nothing_mounted):
+    machine = nothing_mounted
+    machine.sh("echo 'vms /vms vmsfs nofail,_netdev,memory=160M 0 0' >>/etc/fstab; mount -a; mount -a")
     assert machine.sh("findmnt -n -t fuse.vmsfs -o TARGET,SOURCE").split() == ["/vms", "vms"]
     machine.sh("cp -r /usr/share/vmsfs/presets/codex /vms/.new/demo")
     machine.sh("mv /vms/.new/demo /vms/demo", OPENAI_API_KEY="sk-1")
@@ -248,7 +285,9 @@ def test_a_line_of_fstab_mounts_it_and_a_machine_boots(machine):
     assert machine.sh("ssh -F /vms/demo/ssh_config demo hostname") == "demo\n"
 
 
-def test_a_user_without_root_mounts_boots_and_unmounts(machine):
+@pytest.mark.deadline(240)
+def test_a_user_without_root_mounts_boots_and_unmounts(nothing_mounted):
+    machine = nothing_mounted
     machine.sh("useradd -m joe")
     script = """
         mkdir ~/vms && vmsfs ~/vms && mkdir ~/vms/mine && echo running >~/vms/mine/status && ~/vms/mine/run uname -s
@@ -264,11 +303,11 @@ def test_a_user_without_root_mounts_boots_and_unmounts(machine):
     machine.sh("userdel -r joe 2>/dev/null")
 
 
-def test_under_systemd_machines_outlive_the_service(machine):
-    # From here on the service has the mount.
-    machine.sh("umount /vms; sed -i /vmsfs/d /etc/fstab; systemctl daemon-reload")
+@pytest.mark.deadline(240)
+def test_under_systemd_machines_outlive_the_service(with_demo):
+    machine = with_demo
     assert started(machine) == ["demo"]
-    machine.sh("mkdir /etc/vmsfs; echo OPTIONS=memory=170M >/etc/vmsfs/vms.conf; systemctl start vmsfs@vms.service")
+    machine.sh("mkdir -p /etc/vmsfs; echo OPTIONS=memory=170M >/etc/vmsfs/vms.conf; systemctl start vmsfs@vms.service")
     # Seen outside of the service, and it answers.
     assert machine.sh("cat /vms/demo/status /vms/.defaults/config/memory") == "running\n170\n"
     # QEMU starts under its restrictions, forwarding reads the caller's environment.
@@ -288,8 +327,10 @@ def test_under_systemd_machines_outlive_the_service(machine):
     machine.sh("rmdir /vms/two; systemctl stop vmsfs@vms.service")
 
 
-def test_the_drop_in_allows_the_service_what_a_jailer_does(machine):
+@pytest.mark.deadline(240)
+def test_the_drop_in_allows_the_service_what_a_jailer_does(nothing_mounted):
     """All that it takes, and no more: without any line of it that is for the jailer it does not come up."""
+    machine = nothing_mounted
     _, argv = make_jail(f"{machine.root}/srv/jailed", "/srv/jailed")
     machine.sh(f"""
         cp -r /srv/jailed /srv/whole
@@ -320,7 +361,9 @@ def test_the_drop_in_allows_the_service_what_a_jailer_does(machine):
     machine.sh("systemctl reset-failed; rm -r /etc/systemd/system/vmsfs@*.service.d /srv/jailed /srv/whole; systemctl daemon-reload")
 
 
-def test_automount_mounts_when_somebody_looks(machine):
+@pytest.mark.deadline(240)
+def test_automount_mounts_when_somebody_looks(with_demo):
+    machine = with_demo
     machine.sh("echo 'vms /vms vmsfs x-systemd.automount 0 0' >>/etc/fstab; systemctl daemon-reload; systemctl start vms.automount")
     assert not machine.run("findmnt -n -t fuse.vmsfs /vms").out
     assert machine.sh("cat /vms/demo/status") == "running\n"
@@ -337,8 +380,10 @@ def test_automount_mounts_when_somebody_looks(machine):
     assert started(machine) == ["demo"]
 
 
-def test_removing_shuts_machines_down_and_keeps_what_they_are(machine):
-    machine.sh("systemctl start vmsfs@vms.service; cp /root/vmsfs_*.deb /root/again.deb")
+@pytest.mark.deadline(240)
+def test_removing_shuts_machines_down_and_keeps_what_they_are(with_demo):
+    machine = with_demo
+    machine.sh("systemctl start vmsfs@vms.service")
     machine.sh("apt-get -qy install --reinstall /root/again.deb")  # an upgrade changes nothing
     assert started(machine) == ["demo"] and machine.sh("cat /vms/demo/status") == "running\n"
     machine.sh("apt-get -qy remove vmsfs", 100)
@@ -350,8 +395,9 @@ def test_removing_shuts_machines_down_and_keeps_what_they_are(machine):
 
 
 @pytest.mark.deadline(240)
-def test_mounts_that_hang_hold_up_no_removal(machine):
-    machine.sh("systemctl stop vmsfs@vms; mkdir -p /srv/one '/srv/two parts' && vmsfs '/srv/two parts' -o state=/srv/two-state")
+def test_mounts_that_hang_hold_up_no_removal(nothing_mounted):
+    machine = nothing_mounted
+    machine.sh("mkdir -p /etc/vmsfs /srv/one '/srv/two parts' && vmsfs '/srv/two parts' -o state=/srv/two-state")
     machine.sh("echo OPTIONS=state=/srv/one-state >/etc/vmsfs/srv-one.conf; systemctl start vmsfs@srv-one")
     pids = processes(machine, "vmsfs")
     assert len(pids) == 2
@@ -360,11 +406,11 @@ def test_mounts_that_hang_hold_up_no_removal(machine):
         done = machine.run("apt-get -qy remove vmsfs </dev/null", seconds=110)
     assert done.status == 0 and done.out.count("does not answer: its daemon is ended") == 2, done
     assert not machine.run("findmnt -n -t fuse.vmsfs").out and not processes(machine, "vmsfs")
-    machine.sh("rm -r /srv/*; apt-get -qy install --no-install-recommends /root/again.deb; systemctl start vmsfs@vms")
+    machine.sh("rm -r /srv/*")
 
 
 def left_of_it(machine):
-    assert "vmsfs" not in machine.sh("cat /proc/[0-9]*/comm") and qemus(machine) == []
+    assert processes(machine, ".*vmsfs.*") == [] and qemus(machine) == []
     assert not machine.run("findmnt -n -t fuse.vmsfs").out
     return machine.sh("find / -xdev -name '*vmsfs*' ! -path '/root/*'; find /run -name '*vmsfs*'").splitlines()
 
@@ -378,11 +424,11 @@ STAND_INS = """
 
 
 @pytest.mark.deadline(240)
-def test_purging_leaves_nothing(machine):
+def test_purging_leaves_nothing(with_demo):
+    machine = with_demo
     # A machine that runs while nothing is mounted, one of another mount and state directory, a daemon that did not live to unmount,
     # and files of the administrator's.
-    machine.sh("echo running >/vms/demo/status; systemctl stop vmsfs@vms.service; echo OPTIONS=rw >/etc/default/vmsfs", 100)
-    machine.sh("mkdir '/srv/my vms' /srv/dead; vmsfs '/srv/my vms' -o state=/srv/mine; mkdir '/srv/my vms/other'")
+    machine.sh("echo OPTIONS=rw >/etc/default/vmsfs; mkdir '/srv/my vms' /srv/dead; vmsfs '/srv/my vms' -o state=/srv/mine; mkdir '/srv/my vms/other'")
     machine.sh("echo running >'/srv/my vms/other/status'", 100)
     machine.sh("vmsfs /srv/dead -o state=/srv/killed; kill -9 $(cat /srv/killed/lock)")
     # What `systemctl` makes.
@@ -395,10 +441,11 @@ def test_purging_leaves_nothing(machine):
 
 
 @pytest.mark.deadline(240)
-def test_purging_ends_what_came_after_the_removal(machine):
+def test_purging_ends_what_came_after_the_removal(nothing_mounted):
     """Machines without a record, in a jail, or made for a template; a state directory that is a mount point, with another inside."""
-    machine.sh("mkdir -p /srv/state /var/lib/vmsfs && mount --bind /srv/state /var/lib/vmsfs")
-    machine.sh("apt-get -qy install --no-install-recommends /root/again.deb; vmsfs-guest-tiny; mkdir -p /vms; vmsfs /vms; mkdir /vms/a", 100)
+    machine = nothing_mounted
+    machine.sh("dpkg --purge vmsfs; rm -rf /srv/*; mkdir -p /srv/state /var/lib/vmsfs && mount --bind /srv/state /var/lib/vmsfs")
+    machine.sh("apt-get -qy install --no-install-recommends /root/again.deb; vmsfs-guest-tiny; vmsfs /vms; mkdir /vms/a", 100)
     machine.sh("echo running >/vms/a/status", 100)
     machine.sh("cd /vms && apt-get -qy remove vmsfs", 100)
     _, argv = make_jail(f"{machine.root}/srv/state/vms/jailed", "/var/lib/vmsfs/vms/jailed")
