@@ -387,6 +387,33 @@ def test_who_is_acknowledged_last_wins_though_the_daemon_is_killed(sshd, daemon,
     assert {name: read(vm.env(name)).rstrip("\n") for name in keys(vm)} == expected
 
 
+WRITES_AND_WAITS = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)
+os.write(fd, b"A=1\\n")
+time.sleep(60)
+"""
+
+
+def test_what_is_set_meanwhile_is_acknowledged_when_no_daemon_would_undo_it(sshd, daemon):
+    """The record may tell of what was promised before, for as long as the disk takes."""
+    one = daemon(sshd().options())
+    vm = one.boot("box")
+    # Another process: when a child of this one closes what it has inherited, that is a FLUSH.
+    writer = Client([sys.executable, "-c", WRITES_AND_WAITS, vm / "environ"])
+    argv = ["strace", "-f", "-p", str(one.pid), "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=1000000"]
+    with writer:
+        wait_for(lambda: "promised" in read(f"{one.state}/vms/box/vm.json"), "it is promised")
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as strace:
+            assert "attached" in strace.stderr.readline()
+            write(vm.env("A"), "3\n")
+            one.kill()
+            strace.communicate(timeout=20)
+    one.start()
+    wait_for(lambda: vm.status() == "running", "it is attached again", 20)
+    assert read(vm.env("A")) == "3\n"
+
+
 @pytest.mark.parametrize("look", ["variable", "names", "command"])
 def test_what_was_promised_is_there_for_who_comes_first(sshd, daemon, look):
     """However long the machine takes for it."""

@@ -28,6 +28,7 @@ struct record_writing {
     char *path;
     char *text;
     bool for_vars;       /* its verdict is that of a batch of variables */
+    uint64_t dropped;    /* promises of variables that it tells of no more */
     struct list waits;   /* of vm_wait: its verdict is theirs, too */
     enum vm_state state; /* that it says */
     int status;
@@ -123,8 +124,10 @@ static void record_written(uv_work_t *work, int status) {
     int verdict = error_of_host(w->status);
     (void)status;
     vm->saving = false;
-    if (w->status == 0)
+    if (w->status == 0) {
         vm->recorded = w->state;
+        vars_promises_recorded(vm->vars, w->dropped);
+    }
     if (w->status < 0 && !vm->gone) {
         if (w->for_vars)
             vm_fail(vm, -ERR_IO, "cannot write %s/vm.json: %s", vm->dir, strerror(-w->status));
@@ -177,6 +180,7 @@ static void record_start(struct vm *vm) {
         w->work.data = w;
         w->state = record_state(vm);
         w->for_vars = vars_wants_saving(vm->vars);
+        w->dropped = vars_promises_dropped(vm->vars);
         w->vm = vm;
         ok =
             w->text && uv_queue_work(vm->daemon->loop, &w->work, record_write, record_written) == 0;

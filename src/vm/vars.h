@@ -203,6 +203,10 @@ void vars_apply_promises(struct vars *vars);
  * vars_saved(). */
 bool vars_wants_saving(const struct vars *vars);
 void vars_saved(struct vars *vars, int status);
+/* How many promises, or parts of some, have been dropped until now; and were until the record was
+ * made that is now on the disk. */
+uint64_t vars_promises_dropped(const struct vars *vars);
+void vars_promises_recorded(struct vars *vars, uint64_t dropped);
 
 /* Counters for `info`. */
 void vars_describe(const struct vars *vars, json_t *info);

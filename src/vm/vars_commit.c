@@ -90,9 +90,11 @@ static void vars_updated(void *arg, int status, const char *output, size_t lengt
         vars->absent = false;
     }
     const struct vm *vm = vars->vm;
-    if (status == 0 && (vm->state == VM_STOPPING || (vm->pausing && !vm->resuming))) {
-        /* The guest has it, and is about to go, or to stand still so that nobody can ask it: it is
-         * done when the record has it, too. */
+    if (status == 0 && (vm->state == VM_STOPPING || (vm->pausing && !vm->resuming) ||
+                        vars->dropped != vars->dropped_recorded)) {
+        /* The guest has it, and is about to go, or to stand still so that nobody can ask it; or the
+         * record tells of a promise that a later daemon would do over it: it is done when the
+         * record has it, too. */
         batch->to_guest = false;
         vm_save(vars->vm);
         return;
@@ -157,6 +159,14 @@ bool vars_wants_saving(const struct vars *vars) {
     return vars_disk_batch(vars) != NULL;
 }
 
+uint64_t vars_promises_dropped(const struct vars *vars) {
+    return vars->dropped;
+}
+
+void vars_promises_recorded(struct vars *vars, uint64_t dropped) {
+    vars->dropped_recorded = dropped;
+}
+
 void vars_saved(struct vars *vars, int status) {
     if (vars_disk_batch(vars))
         vars_batch_end(vars, status);
@@ -206,8 +216,6 @@ int vars_replace(struct vars *vars, const struct var_change *changes, size_t cou
 void vars_fail_all(struct vars *vars, int status) {
     struct list failed;
     list_init(&failed);
-    vars->attached = NULL;
-    vars->attach_keeping = false;
     vars->refreshing = false;
     vars->retries = 0;
     if (vars->flight) {
@@ -229,6 +237,8 @@ void vars_fail_all(struct vars *vars, int status) {
 }
 
 void vars_detach(struct vars *vars, int status) {
+    vars->attached = NULL;
+    vars->attach_keeping = false;
     if (vars_disk_batch(vars))
         return; /* what is on its way to the disk arrives there */
     vars_fail_all(vars, status);

@@ -96,23 +96,23 @@ void vars_attach_step(struct vars *vars) {
     if (!vars->attached || !vars->attach_read || vars->refreshing || vars->flight ||
         vars->attach_sending)
         return;
-    if (!vars->attach_booted || vars->attach_keeping || vars->sent_generation == vars->generation) {
-        if (!vars->attach_keeping) {
-            vars->attach_keeping = true;
-            vars_keep_promises(vars);
+    if (vars->attach_booted && !vars->attach_keeping && vars->sent_generation != vars->generation) {
+        vars->sent_generation = vars->generation;
+        int r = vars_send(vars, NULL, vars_attach_sent, vars->vm);
+        if (r < 0) {
+            vars_end_attach(vars, r);
+            return;
         }
-        if (vars->attached && !vars_promises_are_kept_now(vars))
-            vars_end_attach(vars, 0);
+        vars->attach_sending = true;
+        vm_ref(vars->vm);
         return;
     }
-    vars->sent_generation = vars->generation;
-    int r = vars_send(vars, NULL, vars_attach_sent, vars->vm);
-    if (r < 0) {
-        vars_end_attach(vars, r);
-        return;
+    if (!vars->attach_keeping) {
+        vars->attach_keeping = true;
+        vars_keep_promises(vars);
     }
-    vars->attach_sending = true;
-    vm_ref(vars->vm);
+    if (vars->attached && !vars_promises_are_kept_now(vars))
+        vars_end_attach(vars, 0);
 }
 
 static void vars_take(struct vars *vars, int status, const char *text, size_t length) {

@@ -60,9 +60,10 @@ struct vars {
 
     struct list promises;         /* of vars_promise, in the order in which they were made */
     struct vars_promise *keeping; /* the one whose changes are being asked for, by vars_commit() */
-    struct list queued;           /* of vars_commit: for the next batch */
-    struct vars_batch *flight;    /* under way */
-    size_t projected;             /* `total` when all that is queued or under way will be done */
+    uint64_t dropped, dropped_recorded; /* promises, or parts; and how many the record knows of */
+    struct list queued;                 /* of vars_commit: for the next batch */
+    struct vars_batch *flight;          /* under way */
+    size_t projected; /* `total` when all that is queued or under way will be done */
 
     uint64_t learned; /* uv_now() of the last word from the guest; 0: never */
     bool absent;      /* the guest has no such file */

@@ -50,13 +50,18 @@ static void promise_end(struct vars_promise *p) {
     p->timer = NULL;
 }
 
+static void promise_dropped(struct vars *vars) {
+    vars->dropped++;
+    vm_save(vars->vm);
+}
+
 /* It leaves the record at once: when a daemon that was killed has left it there, it is merged, and
  * would undo what has been acknowledged since. */
 static void promise_end_saved(struct vars_promise *p) {
     bool recorded = p->commit;
     promise_end(p);
     if (recorded)
-        vm_save(p->vars->vm);
+        promise_dropped(p->vars);
 }
 
 static void promise_merged(struct vm_wait *wait, int status) {
@@ -314,7 +319,7 @@ static void promise_drop(struct vars_promise *p, const struct vars_commit *commi
     p->commit->count = kept;
     p->whole = false; /* what has come since stays */
     if (changed)
-        vm_save(p->vars->vm);
+        promise_dropped(p->vars);
 }
 
 void vars_supersede_promises(struct vars *vars, const struct vars_commit *commit) {
